@@ -1,0 +1,147 @@
+"""On-policy distillation: the student writes, the teacher grades every token.
+
+    min_theta  E_{y ~ student} sum_t KL( student(. | s_t) || teacher(. | s_t) )
+
+Source: arXiv 2306.13649 (on-policy data, reverse KL) and the 2025 recipe that runs it as reinforcement learning with
+the per-token advantage `A_t = log teacher(y_t) - log student(y_t)`; arXiv 2602.12125 is the generalisation in `exopd`.
+Each token is credited with its own divergence only (discount 0), as all published recipes do; `discount > 0` adds the
+later tokens' advantages and is known not to help.
+
+Estimators of the same gradient: `sampled` (policy gradient on the written token), `top_k` (analytic on a support) and
+`full` (analytic on the whole vocabulary; the lowest variance, best when the teacher runs in this process).
+Where code and text disagree: the cookbook takes log student from the sampler; here the trainer's own log-prob is
+used and the sampler's mismatch is corrected by a truncated importance weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from surpass.learn.advantage import return_to_go
+from surpass.learn.aggregate import Loss
+from surpass.learn.divergence import Divergence
+from surpass.learn.sampled import log_ratio_advantage
+from surpass.learn.support import combine_support, top_k_log_linear_divergence
+from surpass.learn.targets import log_linear_sampled
+from surpass.learn.vocabulary import support_logp
+from surpass.methods.base import Needs, PolicyGradient, kl_metrics
+from surpass.methods.run import Run, Weight
+from surpass.records import Prompt, Rollouts
+from surpass.roles.scoring import Want
+
+
+@dataclass(kw_only=True)
+class OPD(PolicyGradient):
+    """On-policy distillation with reverse KL (arXiv 2306.13649, 2602.12125 at reward scale 1)."""
+
+    estimator: Literal["sampled", "top_k", "full"] = "sampled"
+    """Which estimator of the reverse-KL gradient."""
+    top_k: int = 16
+    """Size of the support of `top_k`."""
+    support: Literal["student", "teacher", "union", "intersection"] = "student"
+    """Whose most likely tokens form the support."""
+    tail: Literal["drop", "renormalise", "bucket"] = "bucket"
+    """What happens to the mass outside the support: dropped, both sides renormalised, or one shared extra entry."""
+    discount: float = 0.0
+    """Credit of later tokens' advantages (`sampled` only)."""
+
+    def needs(self) -> Needs:
+        return Needs(teacher=True, sampler_law=self.estimator == "sampled")
+
+    def weights(self, run: Run, batch: Rollouts) -> dict[str, Weight]:
+        """Exponents of the log-linear target, by role."""
+        del run, batch
+        return {"teacher": 1.0}
+
+    def want(self) -> Want:
+        """What the estimator reads from each role."""
+        return Want(hidden=self.estimator == "full")
+
+    def collect(self, run: Run, prompts: list[Prompt]) -> Rollouts:
+        rollouts = run.generate(prompts, self.samples)
+        return self.score(run, rollouts)
+
+    def score(self, run: Run, rollouts: Rollouts) -> Rollouts:
+        """Ask everyone the target needs."""
+        support = None
+        if run.off_policy and self.estimator == "sampled":
+            rollouts = run.score(rollouts, "old")
+        if self.estimator == "top_k":
+            rollouts, support = self.score_support(run, rollouts)
+        rollouts = run.score(rollouts, "teacher", self.want(), support)
+        if self.needs().reference:
+            rollouts = run.score(rollouts, "reference", self.want(), support)
+        return rollouts
+
+    def score_support(self, run: Run, rollouts: Rollouts) -> tuple[Rollouts, Tensor]:
+        """The support `[T, K]` by the owner's top-k; duplicates of a union are masked out in `loss`."""
+        owners = {"student": ["old"], "teacher": ["teacher"]}.get(self.support, ["old", "teacher"])
+        for owner in owners:
+            rollouts = run.score(rollouts, owner, Want(top_k=self.top_k))
+        tops = [rollouts.scores[owner].support for owner in owners]
+        assert tops[0] is not None and tops[-1] is not None
+        ids, valid = combine_support(tops[0], tops[-1], self.support)
+        return rollouts.with_(token={"support": ids, "support_valid": valid}), ids
+
+    def loss(self, run: Run, batch: Rollouts) -> Loss:
+        hidden = run.student_hidden(batch)
+        weights = self.weights(run, batch)
+        if self.estimator == "full":
+            kl = run.divergence(batch, hidden, weights, Divergence("reverse_kl"))
+            metrics = {
+                "entropy": kl.student_entropy,
+                "target_entropy": kl.target_entropy,
+                "top1_agreement": kl.top1_agreement,
+                "student_dropped": kl.student_dropped,
+                "target_dropped": kl.target_dropped,
+                "reverse_kl": kl.value.detach(),
+            }
+            return Loss((self.term("reverse_kl", kl.value),), metrics)
+        logp, entropy = run.student_logp(batch, hidden)
+        metrics = {"entropy": entropy, **kl_metrics(batch, logp)}
+        if self.estimator == "top_k":
+            values, mass = self.support_divergence(run, batch, hidden, weights)
+            return Loss((self.term("reverse_kl", values),), {**metrics, **mass})
+        advantage = self.advantage(run, batch, logp.detach(), weights)
+        values, more = self.surrogate(batch, logp, advantage)
+        return Loss((self.term("policy_gradient", values),), {**metrics, **more})
+
+    def advantage(self, run: Run, batch: Rollouts, logp: Tensor, weights: dict[str, Weight]) -> Tensor:
+        """`A_t = sum_i w_i log p_i(y_t) - log student(y_t)` `[T]`, detached."""
+        del run
+        used = {name: w for name, w in weights.items() if not (isinstance(w, float | int) and w == 0)}
+        columns = [_column(batch.scores[name].logp, name).to(logp.device) for name in used]
+        advantage = log_ratio_advantage(log_linear_sampled(columns, list(used.values())), logp)
+        if self.discount:
+            advantage = return_to_go(batch.ragged(advantage), self.discount)
+        return advantage
+
+    def support_divergence(
+        self, run: Run, batch: Rollouts, hidden: Tensor, weights: dict[str, Weight]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reverse KL `[T]` on the stored support, and the mass it captures of either side."""
+        ids, valid = batch.token["support"].to(hidden.device), batch.token["support_valid"].to(hidden.device)
+        student = support_logp(hidden, run.student.head, ids, run.temperature)
+        used = {name: w for name, w in weights.items() if not (isinstance(w, float | int) and w == 0)}
+        columns = [_column(batch.scores[name].support_logp, name).to(hidden.device) for name in used]
+        result = top_k_log_linear_divergence(
+            Divergence("reverse_kl"), student, columns, list(used.values()), valid, self.tail
+        )
+        return result.value, {
+            "support/student_mass": result.student_mass,
+            "support/target_mass": result.target_mass,
+        }
+
+
+def _column(values: Tensor | None, role: str) -> Tensor:
+    if values is None:
+        raise ValueError(f"role {role!r} was not asked for the log-probs this estimator needs")
+    if torch.isnan(values).any():
+        raise ValueError(
+            f"role {role!r} gave no score on {int(torch.isnan(values).sum())} entries; nothing is trained on them"
+        )
+    return values

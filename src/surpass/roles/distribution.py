@@ -1,0 +1,80 @@
+"""Which stored hidden states make up a target distribution, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from surpass.learn import targets
+from surpass.learn.head import Head
+from surpass.records import Rollouts
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokens whose target is built from the same models.
+
+    tokens: `[t]` flat indices. terms: (role name, hidden states `[t, D_i]`, weight: number or `[t]`).
+    """
+
+    tokens: Tensor
+    terms: tuple[tuple[str, Tensor, float | Tensor], ...]
+
+
+def blocks(batch: Rollouts, weights: dict[str, float | Tensor]) -> list[Block]:
+    """Cut a batch into blocks: with routed teachers, one per teacher that speaks in it.
+
+    weights: by entry of `batch.scores`, the exponent of its distribution. A number 0 leaves the role unread.
+    Raises ValueError where a role has no hidden states on some token.
+    """
+    total = len(batch.response.values)
+    read = {name: w for name, w in weights.items() if not (isinstance(w, float | int) and w == 0)}
+    which = torch.zeros(len(read), total, dtype=torch.int64)
+    row = torch.zeros(len(read), total, dtype=torch.int64)
+    for r, name in enumerate(read):
+        which[r] = -1
+        for p, part in enumerate(batch.scores[name].hidden if name in batch.scores else ()):
+            which[r, part.tokens] = p
+            row[r, part.tokens] = torch.arange(len(part.tokens))
+        if (which[r] < 0).any():
+            raise ValueError(
+                f"role {name!r} has no hidden states on {int((which[r] < 0).sum())} of {total} tokens; "
+                "score it with Want(hidden=True) before a full-vocabulary divergence"
+            )
+    kinds, member = torch.unique(which, dim=1, return_inverse=True)
+    out = []
+    for k in range(kinds.shape[1]):
+        tokens = torch.nonzero(member == k).squeeze(1)
+        terms = []
+        for r, (name, weight) in enumerate(read.items()):
+            part = batch.scores[name].hidden[int(kinds[r, k])]
+            chosen = weight[tokens] if isinstance(weight, Tensor) else weight
+            terms.append((part.role, part.states[row[r, tokens]], chosen))
+        out.append(Block(tokens, tuple(terms)))
+    return out
+
+
+@torch.no_grad()
+def log_normaliser(
+    batch: Rollouts,
+    weights: dict[str, float | Tensor],
+    head_of: Callable[[str], Head],
+    temperature: float,
+    chunk: int = 256,
+) -> Tensor:
+    """`[T]` of `log sum_v prod_i p_i(v)^w_i`: 0 where one distribution has weight 1 and no other is read."""
+    out = torch.zeros(len(batch.response.values))
+    for block in blocks(batch, weights):
+        vocabulary = min(head_of(name).vocabulary for name, _, _ in block.terms)
+        for start in range(0, len(block.tokens), chunk):
+            part = slice(start, start + chunk)
+            logps = [
+                head_of(name).cut(vocabulary).logits(states[part], temperature).log_softmax(-1)
+                for name, states, _ in block.terms
+            ]
+            exponents = [w[part] if isinstance(w, Tensor) else w for _, _, w in block.terms]
+            out[block.tokens[part]] = targets.log_normaliser(logps, exponents).cpu()
+    return out

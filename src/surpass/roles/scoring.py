@@ -1,0 +1,131 @@
+"""What would the others have said? Log-probs, top-k and hidden states of a role on given tokens, detached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from surpass.learn.vocabulary import token_logp
+from surpass.models.forward import micro_batches, response_hidden
+from surpass.records import Hidden, Rollouts, Scores
+from surpass.roles.role import Role
+
+
+@dataclass(frozen=True)
+class Want:
+    """What to ask a role for. top_k: its `K` most likely tokens at each position; 0 asks for none."""
+
+    logp: bool = True
+    entropy: bool = False
+    top_k: int = 0
+    hidden: bool = False
+
+
+@torch.no_grad()
+def score(
+    role: Role,
+    rollouts: Rollouts,
+    want: Want,
+    *,
+    temperature: float,
+    token_budget: int,
+    support: Tensor | None = None,
+) -> Scores:
+    """Scores of `role` on all `T` response tokens.
+
+    support: `[T, K]` token ids to give log-probs of, instead of the role's own top-k. temperature divides logits.
+    token_budget: prompt + response tokens (padding included) of one forward.
+    """
+    prompt_ids, response = role.prompt_ids(rollouts), rollouts.response
+    batches = micro_batches(prompt_ids.lengths + response.lengths, token_budget)
+    model = role.policy.model
+    was_training = model.training
+    model.eval()
+    parts: list[tuple[Tensor, Scores]] = []
+    with role.policy.adapter(role.adapter):
+        for rows in batches:
+            tokens = response.tokens_of(rows)
+            hidden = response_hidden(role.policy, prompt_ids.select(rows), response.select(rows))
+            wanted_ids = None if support is None else support[tokens]
+            parts.append(
+                (tokens, _read(role, hidden, response.values[tokens], want, temperature, wanted_ids))
+            )
+    model.train(was_training)
+    return merge(parts, len(response.values))
+
+
+def _read(
+    role: Role, hidden: Tensor, ids: Tensor, want: Want, temperature: float, support: Tensor | None
+) -> Scores:
+    head = role.head
+    logp = entropy = None
+    if want.logp or want.entropy:
+        logp, entropy = token_logp(hidden, head, ids.to(hidden.device), temperature)
+    top1 = support_ids = support_logp = None
+    if want.top_k or want.entropy or support is not None:
+        pieces = []
+        for chunk, chunk_support in _chunks(hidden, support):
+            logits = head.logits(chunk, temperature)
+            log_z = torch.logsumexp(logits, -1, keepdim=True)
+            if chunk_support is not None:
+                chosen = chunk_support.to(logits.device)
+                values = logits.gather(-1, chosen)
+            else:
+                values, chosen = logits.topk(max(1, want.top_k), -1)
+            pieces.append(((logits.amax(-1) - log_z.squeeze(-1)).exp(), chosen, values - log_z))
+        top1 = torch.cat([p[0] for p in pieces])
+        if want.top_k or support is not None:
+            support_ids = torch.cat([p[1] for p in pieces])
+            support_logp = torch.cat([p[2] for p in pieces])
+    # Hidden states keep the model's dtype; everything is stored where rollouts live.
+    kept = (Hidden(torch.arange(len(ids)), hidden.detach().cpu(), role.name),) if want.hidden else ()
+    return Scores(
+        logp=_cpu(logp) if want.logp else None,
+        entropy=_cpu(entropy) if want.entropy else None,
+        top1=_cpu(top1) if want.entropy else None,
+        support=_cpu(support_ids),
+        support_logp=_cpu(support_logp),
+        hidden=kept,
+    )
+
+
+def _chunks(hidden: Tensor, support: Tensor | None, size: int = 512):
+    for start in range(0, len(hidden), size):
+        part = slice(start, start + size)
+        yield hidden[part], None if support is None else support[part]
+
+
+def _cpu(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach().cpu()
+
+
+def merge(parts: Sequence[tuple[Tensor, Scores]], total: int) -> Scores:
+    """Put scores of token subsets (indices `[t]`, scores) together into scores of all `total` tokens.
+
+    Columns must be present in every part or in none. Tokens of no part get NaN.
+    """
+    columns: dict[str, Tensor] = {}
+    for column in fields(Scores):
+        if column.name == "hidden":
+            continue
+        values = [getattr(scores, column.name) for _, scores in parts]
+        if not values or values[0] is None:
+            continue
+        first: Tensor = values[0]
+        fill = 0 if first.dtype == torch.int64 else float("nan")
+        out = torch.full((total, *first.shape[1:]), fill, dtype=first.dtype)
+        for (tokens, _), value in zip(parts, values, strict=True):
+            out[tokens] = value
+        columns[column.name] = out
+    hidden: dict[str, list[Hidden]] = {}
+    for tokens, scores in parts:
+        for piece in scores.hidden:
+            hidden.setdefault(piece.role, []).append(Hidden(tokens[piece.tokens], piece.states, piece.role))
+    joined = tuple(
+        Hidden(torch.cat([h.tokens for h in pieces]), torch.cat([h.states for h in pieces]), name)
+        for name, pieces in hidden.items()
+    )
+    return Scores(**columns, hidden=joined)

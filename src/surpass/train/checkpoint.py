@@ -1,0 +1,162 @@
+"""Checkpoints: everything a killed run needs to go on to the same weights, written atomically, nothing pickled.
+
+A checkpoint folder `step_000010` holds `model/` (Hugging Face format; loads directly in transformers and vLLM),
+`optimiser.safetensors`, `rng.safetensors`, `roles/NAME.safetensors` for roles whose weights move, `state.json` (counters, data position,
+method state) and, when it was taken inside a rollout batch, the batch itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from surpass.models.policy import Policy, save_policy
+from surpass.records import Rollouts
+from surpass.train.buffer import load_rollouts, save_rollouts
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says what is safe and what to do."""
+
+
+@dataclass
+class Position:
+    """Where a run stands. step: rollout batches finished; update: optimiser updates done inside the present batch."""
+
+    step: int = 0
+    update: int = 0
+    updates: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    stream: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    root: Path,
+    policy: Policy,
+    optimiser: torch.optim.Optimizer,
+    position: Position,
+    roles: dict[str, Policy],
+    buffer: Rollouts | None,
+    keep: int,
+) -> Path:
+    """Write one checkpoint under `root` and remove all but the newest `keep`.
+
+    It is written beside its final name and renamed when whole, so an interruption or a full disk never harms an older
+    one. Raises CheckpointError when it cannot be written.
+    """
+    suffix = f"_update_{position.update:04d}" if position.update else ""
+    final = root / f"step_{position.step:06d}{suffix}"
+    unfinished = root / f".{final.name}.unfinished"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        save_policy(policy, unfinished / "model")
+        _save_optimiser(optimiser, unfinished)
+        if roles:
+            (unfinished / "roles").mkdir()
+        for name, role in roles.items():
+            weights = {k: v.contiguous().clone() for k, v in role.model.state_dict().items()}
+            save_file(weights, unfinished / "roles" / f"{name}.safetensors")
+        if buffer is not None:
+            save_rollouts(buffer, unfinished)
+        (unfinished / "state.json").write_text(json.dumps(position.__dict__))
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        older = latest_checkpoint(root)
+        full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
+        raise CheckpointError(
+            f"could not write checkpoint {final.name}: {'the disk is full' if full else error}. "
+            + (f"The previous one is whole: {older}. " if older else "There is no earlier one. ")
+            + "Free some space and resume with --resume."
+        ) from error
+    for old in checkpoints(root)[:-keep] if keep > 0 else []:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Whole checkpoints under `root`, oldest first."""
+    return sorted(p for p in root.glob("step_*") if (p / "state.json").exists())
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest whole checkpoint under `root`, or None."""
+    found = checkpoints(root)
+    return found[-1] if found else None
+
+
+def load_position(directory: Path) -> Position:
+    """Raises CheckpointError where `directory` is no checkpoint."""
+    try:
+        return Position(**json.loads((directory / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{directory} is not a checkpoint of a run: {error}") from error
+
+
+def restore(
+    directory: Path, policy: Policy, optimiser: torch.optim.Optimizer, roles: dict[str, Policy]
+) -> tuple[Position, Rollouts | None]:
+    """Put weights, optimiser and roles back as they were; gives the position and the unfinished batch, if any."""
+    position = load_position(directory)
+    load_student(directory / "model", policy)
+    _load_optimiser(optimiser, directory)
+    for name, role in roles.items():
+        role.model.load_state_dict(load_file(directory / "roles" / f"{name}.safetensors"))
+    return position, load_rollouts(directory)
+
+
+def load_student(directory: Path, policy: Policy) -> None:
+    """Read weights (or the LoRA adapter) saved by `save_policy` into a policy that is already built."""
+    adapter = directory / "adapter_model.safetensors"
+    if adapter.exists():
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(policy.model, load_file(adapter))
+        return
+    stored = {}
+    for part in sorted(directory.glob("*.safetensors")):
+        stored.update(load_file(part))
+    missing, unexpected = policy.model.load_state_dict(stored, strict=False)
+    tied = set(getattr(policy.causal_lm, "all_tied_weights_keys", None) or {})
+    lost = [name for name in missing if name not in tied]
+    if lost or unexpected:
+        raise CheckpointError(
+            f"{directory} does not hold this student: missing {lost[:3]}, unexpected {list(unexpected)[:3]}; "
+            "was the run started from another architecture?"
+        )
+
+
+def _save_optimiser(optimiser: torch.optim.Optimizer, directory: Path) -> None:
+    tensors = {}
+    for index, entries in optimiser.state_dict()["state"].items():
+        for name, value in entries.items():
+            tensors[f"{index}.{name}"] = torch.as_tensor(value).contiguous().clone()
+    save_file(tensors, directory / "optimiser.safetensors")
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng |= {f"cuda.{i}": value for i, value in enumerate(torch.cuda.get_rng_state_all())}
+    save_file(rng, directory / "rng.safetensors")
+
+
+def _load_optimiser(optimiser: torch.optim.Optimizer, directory: Path) -> None:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(directory / "optimiser.safetensors").items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    # Rates and decays come from the configuration; only the moments are restored.
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    rng = load_file(directory / "rng.safetensors")
+    torch.set_rng_state(rng.pop("cpu"))
+    for name, value in rng.items():
+        torch.cuda.set_rng_state(value, int(name.removeprefix("cuda.")))
