@@ -334,6 +334,10 @@ class Rollouts:
             name: [k for k in getattr(first, name) if all(k in getattr(p, name) for p in parts)]
             for name in ("components", "token", "sequence", "masks")
         }
+        joined = {
+            name: {k: torch.cat([getattr(p, name)[k] for p in parts]) for k in keys}
+            for name, keys in shared.items()
+        }
         return Rollouts(
             prompts=tuple(prompt for p in parts for prompt in p.prompts),
             prompt_ids=Ragged.cat([p.prompt_ids for p in parts]),
@@ -349,10 +353,10 @@ class Rollouts:
             feedback=None
             if any(p.feedback is None for p in parts)
             else tuple(f for p in parts for f in p.feedback or ()),
-            **{
-                name: {k: torch.cat([getattr(p, name)[k] for p in parts]) for k in keys}
-                for name, keys in shared.items()
-            },
+            components=joined["components"],
+            token=joined["token"],
+            sequence=joined["sequence"],
+            masks=joined["masks"],
         )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,49 +13,43 @@ from surpass.methods.base import RoleSpec
 from surpass.methods.context_distillation import ContextDistillation
 from surpass.methods.opd import OPD
 from surpass.methods.run import Run
+from surpass.prompts.views import View
 from surpass.records import Prompt
 from surpass.roles.role import Role, snapshot
 
-
-@dataclass(frozen=True)
-class Before:
-    """A view that puts the prompt's solution before its text."""
-
-    def prompt_for(self, prompt: Prompt, answer: str, feedback: str | None) -> str:
-        del answer, feedback
-        return prompt.privileged["solution"] + str(prompt.messages)
+BEFORE = View("solution", template="{solution}{problem}")
+CRITIQUE = View("critique", template="{critique}")
 
 
-def self_taught(solution: str) -> tuple[Run, list[Prompt]]:
-    student, view = world.policy(0), Before()
-    any_view: Any = view
-    run = world.world(student=student, teachers={"default": Role("teacher", snapshot(student), view=any_view)})
-    return run, [replace(p, privileged={"solution": solution}) for p in world.prompts(2)]
+def self_taught(solution: str, view: View | None = BEFORE) -> tuple[Run, list[Prompt]]:
+    student = world.policy(0)
+    run = world.world(student=student, teachers={"default": Role("teacher", snapshot(student), view=view)})
+    texts = {"solution": solution, "critique": solution}
+    return run, [replace(p, privileged=texts) for p in world.prompts(2)]
 
 
-def gradient(solution: str, **settings: Any) -> torch.Tensor:
-    run, prompts = self_taught(solution)
+def gradient(solution: str, view: View | None = BEFORE, **settings: Any) -> torch.Tensor:
+    run, prompts = self_taught(solution, view)
     method = ContextDistillation(samples=4, **settings)
     return world.step_gradient(run, method, method.collect(run, prompts))
 
 
 def test_the_teacher_is_the_initial_student_with_a_view():
     assert ContextDistillation().roles() == {"teacher": RoleSpec("initial", view="solution")}
-    assert ContextDistillation(context="critique").roles()["teacher"].view == "critique"
+    for context in get_args(get_type_hints(ContextDistillation)["context"]):
+        view = ContextDistillation(context=context).roles()["teacher"].view
+        assert view is not None and View(view).kind == context
     assert OPD().roles() == {}
 
 
 def test_the_very_tokens_are_scored_after_the_context():
     run, prompts = self_taught("ca")
     batch = ContextDistillation(samples=3).collect(run, prompts)
-    reading = replace(batch, prompt_ids=world.rollouts(run, [[0]] * 6, [_with_context(p) for p in batch.prompts]).prompt_ids)
+    contexts = [replace(p, messages="ca" + str(p.messages)) for p in batch.prompts]
+    reading = replace(batch, prompt_ids=world.rollouts(run, [[0]] * 6, contexts).prompt_ids)
     found = batch.scores["teacher"].logp
     assert found is not None
     torch.testing.assert_close(found, world.token_logp(run.student, reading).detach(), **world.CLOSE)
-
-
-def _with_context(prompt: Prompt) -> Prompt:
-    return replace(prompt, messages=prompt.privileged["solution"] + str(prompt.messages))
 
 
 def test_the_context_never_reaches_the_student():
@@ -66,14 +60,15 @@ def test_the_context_never_reaches_the_student():
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "full"])
-def test_an_empty_context_teaches_nothing(estimator: str):
+def test_no_context_teaches_nothing(estimator: str):
     # Advantages and logit gradients are differences of equal float32 numbers.
-    assert gradient("", estimator=estimator).abs().max() < 1e-6
+    assert gradient("ca", None, estimator=estimator).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("view", [BEFORE, CRITIQUE])
 @pytest.mark.parametrize("estimator", ["sampled", "top_k", "full"])
-def test_another_context_gives_another_gradient(estimator: str):
-    one, other = (gradient(solution, estimator=estimator, top_k=2) for solution in ("ca", "bb"))
+def test_another_context_gives_another_gradient(view: View, estimator: str):
+    one, other = (gradient(text, view, estimator=estimator, top_k=2) for text in ("ca", "bb"))
     assert one.norm() > 0 and (one - other).norm() > 0.05 * one.norm()
 
 

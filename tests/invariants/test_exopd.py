@@ -57,9 +57,7 @@ def logps(run, batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def fixture(student=STUDENT, teacher=TEACHER, reference=REFERENCE):
     """One state, three tokens."""
-    return world(
-        [[0]], student=tabular(student), teacher=tabular(teacher), reference=tabular(reference)
-    )
+    return world([[0]], student=tabular(student), teacher=tabular(teacher), reference=tabular(reference))
 
 
 # -- lambda = 1 and 0 ---------------------------------------------------------------------------------------------

@@ -146,7 +146,9 @@ def test_baseline_is_the_batch_where_each_prompt_has_one_answer():
 
 
 def test_unjudged_answers_get_no_reward_gradient():
-    run = world.world([[0, 1], [1, 1], [2, 0]], reward=lambda text: math.nan if text == "bb" else reward(text))
+    run = world.world(
+        [[0, 1], [1, 1], [2, 0]], reward=lambda text: math.nan if text == "bb" else reward(text)
+    )
     method = GKD(distillation_share=0.5)
     batch = method.collect(run, world.prompts(3))
     terms = {term.name: term for term in method.loss(run, batch).terms}
@@ -168,7 +170,8 @@ def test_without_a_share_for_the_reward_no_judge_is_needed():
 
 
 @pytest.mark.parametrize(
-    ("divergence", "beta"), [("forward_kl", None), ("reverse_kl", None), ("jsd", 0.5), ("skew_reverse_kl", 0.1)]
+    ("divergence", "beta"),
+    [("forward_kl", None), ("reverse_kl", None), ("jsd", 0.5), ("skew_reverse_kl", 0.1)],
 )
 def test_another_teacher_gives_another_gradient(divergence: Any, beta: float | None):
     gradients = []

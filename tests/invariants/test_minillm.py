@@ -151,6 +151,16 @@ def test_weights_are_bounded_and_correct_a_single_step(share: float):
     torch.testing.assert_close(corrected, world.expected_gradient(run, plain(), own, p), **world.CLOSE)
 
 
+def test_both_parts_are_weighed():
+    run = world.world()
+    batch = scored(run, world.every_answer(2))
+    law = batch.with_(sampler_logp=batch.sampler_logp + torch.linspace(-0.5, 0.5, len(batch.response.values)))
+    method = plain(teacher_share=0.5)
+    weight = (batch.sampler_logp - law.sampler_logp).exp()
+    for bare, weighed in zip(method.loss(run, batch).terms, method.loss(run, law).terms, strict=True):
+        torch.testing.assert_close(weighed.values, weight * bare.values, **world.CLOSE)
+
+
 def test_return_is_that_of_the_later_tokens_per_token():
     ratio = Ragged.from_list([torch.tensor([1.0, 2.0, 6.0]), torch.tensor([5.0])])
     assert plain().later_return(ratio).tolist() == [8.0, 6.0, 0.0, 0.0]

@@ -40,7 +40,9 @@ ESTIMATORS = [OPD(), OPD(estimator="top_k", top_k=V), OPD(estimator="full")]
 
 
 def name(method: OPD) -> str:
-    return "-".join([method.estimator, *([method.support, method.tail] if method.estimator == "top_k" else [])])
+    return "-".join(
+        [method.estimator, *([method.support, method.tail] if method.estimator == "top_k" else [])]
+    )
 
 
 def analytic(run, batch, temperature: float = 1.0) -> torch.Tensor:
@@ -191,9 +193,7 @@ TEXTS = [[0, 1], [2], [1, 3], [0, 0], [3]]
 
 def routed(swap: bool = False):
     first, second = (policy(4), policy(1)) if swap else (policy(1), policy(4))
-    return world(
-        TEXTS, teachers={"math": Role("teacher/math", first), "code": Role("teacher/code", second)}
-    )
+    return world(TEXTS, teachers={"math": Role("teacher/math", first), "code": Role("teacher/code", second)})
 
 
 def asked(domains: list[str]):
@@ -269,7 +269,11 @@ def test_a_teacher_without_an_answer_is_an_error_not_a_zero(method):
     logp = scores.logp.clone() if scores.logp is not None else None
     assert logp is not None
     logp[1] = torch.nan
-    support = None if scores.support_logp is None else scores.support_logp.index_fill(0, torch.tensor([1]), torch.nan)
+    support = (
+        None
+        if scores.support_logp is None
+        else scores.support_logp.index_fill(0, torch.tensor([1]), torch.nan)
+    )
     broken = dataclasses.replace(scores, logp=logp, support_logp=support)
     with pytest.raises(ValueError, match="'teacher' gave no score"):
         method.loss(run, batch.with_(scores={"teacher": broken}))
@@ -277,7 +281,11 @@ def test_a_teacher_without_an_answer_is_an_error_not_a_zero(method):
 
 @pytest.mark.parametrize(
     ("estimator", "message"),
-    [("sampled", "not asked for the log-probs"), ("top_k", "not asked for the log-probs"), ("full", "no hidden states")],
+    [
+        ("sampled", "not asked for the log-probs"),
+        ("top_k", "not asked for the log-probs"),
+        ("full", "no hidden states"),
+    ],
 )
 def test_scores_that_were_not_asked_for_are_an_error(estimator, message):
     run, method = world(), OPD(estimator=estimator, top_k=V)

@@ -61,7 +61,9 @@ def test_every_method_and_every_field_is_documented(name: str):
 
 
 def test_a_subclass_has_the_last_word_on_a_field():
-    samples = {name: {f.name: f for f in describe(name).fields}["samples"] for name in ("opd", "grpo", "dapo")}
+    samples = {
+        name: {f.name: f for f in describe(name).fields}["samples"] for name in ("opd", "grpo", "dapo")
+    }
     assert [samples[name].default for name in ("opd", "grpo", "dapo")] == ["1", "8", "16"]
     assert samples["grpo"].doc == "Answers to each prompt: the group."
 
@@ -75,7 +77,12 @@ def test_description_of_the_central_method():
 
 
 def test_the_nearest_name_is_offered():
-    for wrong, near in (("exopdd", "exopd"), ("mini-llm", "minillm"), ("Dr.GRPO", "dr_grpo"), ("seq_kd", "sequence_kd")):
+    for wrong, near in (
+        ("exopdd", "exopd"),
+        ("mini-llm", "minillm"),
+        ("Dr.GRPO", "dr_grpo"),
+        ("seq_kd", "sequence_kd"),
+    ):
         with pytest.raises(ValueError, match=f"did you mean '{near}'"):
             method_class(wrong)
     with pytest.raises(ValueError, match=r"unknown method 'zzz'; Known methods: sft, "):

@@ -57,7 +57,7 @@ def test_stored_text_is_sft_on_it():
     stored = world.step_gradient(run, method, method.collect(run, prompts))
     assert torch.equal(stored, world.step_gradient(run, SFT(), SFT().collect(run, prompts)))
     assert method.needs().response and not method.needs().teacher
-    with pytest.raises(ValueError, match="method.text written"):
+    with pytest.raises(ValueError, match=r"method\.text written"):
         SequenceKD(text="stored", samples=2)
 
 

@@ -25,7 +25,9 @@ def test_loss_is_the_mean_cross_entropy_of_response_and_eos():
 
 def test_gradient_does_not_depend_on_micro_batches():
     run = world.world(sampling=world.Sampling(max_new_tokens=8))
-    batch = SFT().collect(run, [replace(p, response="abc"[: 1 + i % 3]) for i, p in enumerate(world.prompts(5))])
+    batch = SFT().collect(
+        run, [replace(p, response="abc"[: 1 + i % 3]) for i, p in enumerate(world.prompts(5))]
+    )
     whole = world.step_gradient(run, SFT(), batch)
     for micro in (1, 2):
         torch.testing.assert_close(world.step_gradient(run, SFT(), batch, micro), whole, **world.CLOSE)

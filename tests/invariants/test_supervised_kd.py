@@ -87,5 +87,5 @@ def test_text_of_the_teacher_needs_no_response():
     assert bool(batch.by(Author.TEACHER).all()) and len(batch) == 4
     assert not method.needs().response
     assert world.step_gradient(run, method, batch).norm() > 0
-    with pytest.raises(ValueError, match="method.text teacher"):
+    with pytest.raises(ValueError, match=r"method\.text teacher"):
         SupervisedKD(samples=2)

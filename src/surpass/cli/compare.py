@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from surpass.evaluate.compare import comparison_table
+from surpass.evaluate.compare import comparison_table, gather
 from surpass.report.page import write_comparison
 
 
@@ -22,6 +22,6 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/comparison.html"), help="page to write")
     given = parser.parse_args(arguments)
-    Console().print(comparison_table(given.runs, given.knob))
+    Console().print(comparison_table(gather(given.runs)))
     print(write_comparison(given.runs, given.out, given.knob))
     return 0

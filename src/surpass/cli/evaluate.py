@@ -15,8 +15,7 @@ from surpass.models.policy import load_policy
 from surpass.prompts.templates import render
 from surpass.records import Ragged
 from surpass.rollout.local import LocalEngine
-from surpass.train.build import make_sampling, read_prompts
-from surpass.train.judging import make_judge
+from surpass.train.build import make_judge, make_sampling, read_prompts, verifiers_of
 from surpass.train.progress import display
 
 
@@ -39,9 +38,8 @@ def main(arguments: list[str]) -> int:
     source = config.eval.prompts or config.prompts
     if not source:
         raise ValueError("no prompts: set --prompts FILE, a hub id or embedded:NAME")
-    prompts, verifiers = read_prompts(config, source, config.eval.split, config.eval.limit)
-    judge = make_judge(prompts, verifiers, config.judge, required=True)
-    assert judge is not None
+    prompts = read_prompts(config, source, config.eval.split, config.eval.limit)
+    judge = make_judge(config, prompts)
     ids = [render(p, policy.tokenizer, template_args=config.data.template_args) for p in prompts]
     with display(Console(stderr=True)) as progress:
         task = progress.add_task("answering", total=len(prompts) * config.eval.samples, figures="")
@@ -55,7 +53,7 @@ def main(arguments: list[str]) -> int:
             sampling=make_sampling(config),
             ks=config.eval.ks,
             seed=config.seed,
-            vote=vote_of(verifiers),
+            vote=vote_of(verifiers_of(config, prompts)),
             progress=lambda done, total: progress.update(task, completed=done, total=total),
             out=parsed.out,
         )

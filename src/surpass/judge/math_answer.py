@@ -13,7 +13,7 @@ from typing import Any
 from math_verify import parse
 from math_verify import verify as equal
 
-from surpass.judge.answers import final_answer, normalised
+from surpass.judge.answers import marked_answer, normalised
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 # Answers stand at the end, and the extraction patterns are slow on very long texts.
@@ -23,7 +23,8 @@ TAIL = 4000
 def verify(completion: str, answer: Any) -> float:
     r"""1.0 if the final answer equals `answer`, else 0.0.
 
-    Read from the completion, first found: the last `\boxed{}`; what follows `####`; the last number.
+    Read from the completion, first found: the last `\boxed{}`; what follows the last `####`; what
+    math-verify finds (formulas after "answer", the last formula, the last number).
     answer: text (`\frac{1}{2}`, `1,234`, `(3, 4)`, with or without `$`) or a number. Raises ValueError for an answer
     that is blank; errors of the algebra are raised as they are.
     """
@@ -31,13 +32,11 @@ def verify(completion: str, answer: Any) -> float:
     if not text:
         raise ValueError(f"the gold answer is blank: {answer!r}")
     tail = completion[-TAIL:]
-    given = final_answer(tail)
-    if given is None:
-        return 0.0
-    given = given.strip("$").strip()
-    if normalised(given) == normalised(text):
+    given = marked_answer(tail)
+    if given is not None and normalised(given.strip("$ ")) == normalised(text):
         return 1.0
-    predicted = parse(f"${given}$", parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
+    found = tail if given is None else f"${given.strip('$ ')}$"
+    predicted = parse(found, parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
     return float(equal(_gold(text), predicted, timeout_seconds=None, raise_on_error=True))
 
 

@@ -6,10 +6,13 @@ python -m surpass.judge.worker module:function TIME_LIMIT MEMORY_LIMIT
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
+from typing import IO
 
 from surpass.judge.functions import load_function
 
@@ -29,14 +32,17 @@ def main(target: str, time_limit: float, memory_limit: int) -> None:
         task = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, 2 * time_limit + 5)
         try:
-            answer = {"score": float(function(task["completion"], task["answer"]))}
+            score = float(function(task["completion"], task["answer"]))
+            if not math.isfinite(score):
+                raise ValueError(f"{target} returned {score}; expected a finite number")
+            answer = {"score": score}
         except Exception:
             answer = {"error": traceback.format_exc(limit=20)}
         signal.setitimer(signal.ITIMER_REAL, 0)
         _send(answers, answer)
 
 
-def _send(answers, message: dict[str, object]) -> None:
+def _send(answers: IO[bytes], message: Mapping[str, object]) -> None:
     answers.write(json.dumps(message).encode() + b"\n")
     answers.flush()
 

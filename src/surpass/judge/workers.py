@@ -6,6 +6,7 @@ no pickles, no re-import of the user's main script, and it works from any thread
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -36,7 +37,7 @@ class _Worker:
     """One process. task: index of the task it works on; deadline: when it must have answered, monotonic seconds."""
 
     def __init__(self, target: str, time_limit: float, memory_limit: int) -> None:
-        self.errors: IO[bytes] = tempfile.TemporaryFile()
+        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by `kill`
         self.process = subprocess.Popen(
             [sys.executable, "-m", "surpass.judge.worker", target, str(time_limit), str(memory_limit)],
             stdin=subprocess.PIPE,
@@ -54,10 +55,11 @@ class _Worker:
         line = json.dumps({"completion": completion, "answer": answer}, default=str).encode() + b"\n"
         assert self.process.stdin is not None
         self.task, self.deadline = task, time.monotonic() + time_limit
-        try:
-            self.process.stdin.write(line)
-        except BrokenPipeError:
-            pass  # It died just now; the end of its output says so to `take`.
+        rest = memoryview(line)
+        # A worker that died just now has closed its end; the end of its output will say so to `take`.
+        with contextlib.suppress(BrokenPipeError):
+            while rest:
+                rest = rest[self.process.stdin.write(rest) or 0 :]
 
     def take(self) -> dict[str, Any] | None:
         """The next message if it is complete, else None. Raises EOFError where the process has ended."""

@@ -12,6 +12,7 @@ from surpass.learn.aggregate import Loss, Term
 from surpass.learn.surrogate import ppo_clip, truncated_importance_weight
 from surpass.learn.vocabulary import VocabularyDivergence
 from surpass.methods.run import Run
+from surpass.prompts.views import Kind as ViewKind
 from surpass.records import Prompt, Rollouts
 from surpass.roles.scoring import Want
 
@@ -45,7 +46,7 @@ class RoleSpec:
     """
 
     source: Literal["initial", "live", "ema", "copy"]
-    view: str | None = None
+    view: ViewKind | None = None
     keep: float | None = None
     updates: int | None = None
 

@@ -3,13 +3,14 @@
     min_theta  E_{y ~ student(. | x)} sum_t KL( student(. | x, y_<t) || student_0(. | context(x, y), y_<t) )
 
 which is OPD whose teacher is the student's own initial weights with an extra context: the worked solution, or the
-critique of this very answer. The response ids are scored as they are, after another prompt; only the teacher reads the
-context.
+student's answer and a critique. The response ids are scored as they are, after another prompt; only the teacher reads
+the context, which comes with the prompt (`solution`, `critique`, ... columns).
 
 Source: arXiv 2602.12125 and its code (lambda = 1, 8 answers to each prompt, learning rate 1e-5, batches of 128). The
 authors found that a moving average of the student in the teacher's place collapses, so the teacher stays frozen. Its
 third mode, the teacher's own chat template, concerns another model as teacher: that is `opd` with
-`data.teacher_template own`.
+`data.teacher_template own`. There an external model writes a critique of every answer at temperature 0; here a critique
+that is not feedback on this answer or stored with the prompt is replaced by a request to go over the answer again.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class ContextDistillation(OPD):
 
     samples: int = 8
     """Answers to each prompt."""
-    context: Literal["solution", "critique"] = "solution"
-    """What the teacher reads besides the prompt: its worked solution, or the student's answer and its critique."""
+    context: Literal["solution", "critique", "hint", "demonstration"] = "solution"
+    """What the teacher reads besides the prompt; `critique`: the student's own answer and what was said of it."""
 
     def roles(self) -> dict[str, RoleSpec]:
         return {"teacher": RoleSpec("initial", view=self.context)}

@@ -268,6 +268,9 @@ class Run:
 
         weights: by role, a number or `[T]`. A role whose weight is the number 0 is never read.
         """
+        if not len(hidden):  # answers without a token: nothing to compare, but still part of the graph
+            nothing = hidden.sum(-1)
+            return VocabularyDivergence(nothing, *[nothing.detach()] * 5)
         head, parts, order = self.student.head, [], []
         for block in blocks(batch, weights):
             terms = []

@@ -18,10 +18,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from surpass.learn.head import Head
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+# One bar per run is enough; transformers would draw two more for every checkpoint.
+disable_progress_bar()
 
 
 @dataclass
@@ -53,7 +57,7 @@ class Policy:
     @property
     def vocabulary(self) -> int:
         """Rows of the output head; may be padded beyond the tokenizer."""
-        return self.causal_lm.get_output_embeddings().weight.shape[0]
+        return self.head.vocabulary
 
     @property
     def max_length(self) -> int:
@@ -63,7 +67,7 @@ class Policy:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: those of the generation configuration and of the tokenizer."""
-        found: list[int] = []
+        found: list[Any] = []
         generation = getattr(self.causal_lm, "generation_config", None)
         for value in (getattr(generation, "eos_token_id", None), self.tokenizer.eos_token_id):
             found += value if isinstance(value, list) else [] if value is None else [value]
@@ -146,7 +150,8 @@ def check_head(policy: Policy) -> None:
     ids = torch.arange(4, device=policy.device).unsqueeze(0) % policy.vocabulary
     was_training = policy.model.training
     policy.model.eval()
-    theirs = policy.causal_lm(input_ids=ids, use_cache=False).logits.float()
+    causal_lm: Any = policy.causal_lm
+    theirs = causal_lm(input_ids=ids, use_cache=False).logits.float()
     ours = policy.head.logits(policy.body(input_ids=ids, use_cache=False)[0]).unsqueeze(0)
     policy.model.train(was_training)
     tolerance = 1e-3 if policy.dtype == torch.float32 else 5e-2

@@ -21,7 +21,8 @@ class Preset:
     """One known data set.
 
     fields: for each of the house's fields, the columns it may stand in, in order of preference.
-    required: the fields every row must have. refine: from the fields found in a row to final ones (raises ValueError in words).
+    required: the fields every row must have.
+    refine: from the fields found in a row to the final ones; raises ValueError in words.
     """
 
     name: str

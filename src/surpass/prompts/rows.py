@@ -16,7 +16,7 @@ class DataError(ValueError):
     """A data set cannot be used as it is. The message names the file, the row and what to do."""
 
 
-class MissingSource(DataError, FileNotFoundError):
+class MissingSourceError(DataError, FileNotFoundError):
     """There is no such file, folder or hub data set."""
 
 
@@ -32,7 +32,7 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> li
     """The first `limit` rows (None: all) of a file, a folder, or a hub data set `owner/name[:config]`.
 
     `split` chooses within folders and hub data sets; a single file has none.
-    Raises MissingSource, or DataError for malformed, unsupported and empty sources.
+    Raises MissingSourceError, or DataError for malformed, unsupported and empty sources.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1, found {limit}")
@@ -46,7 +46,9 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> li
     elif path.is_dir():
         rows = _folder(path, split, limit)
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise MissingSource(f"{source}: there is no such file or folder (looked from {Path.cwd().name}/)")
+        raise MissingSourceError(
+            f"{source}: there is no such file or folder (looked from {Path.cwd().name}/)"
+        )
     else:
         rows = _hub(source, split, limit)
     if not rows:
@@ -56,7 +58,7 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> li
 
 def _file(path: Path) -> Iterator[Row]:
     if not path.is_file():
-        raise MissingSource(f"{path}: there is no such file")
+        raise MissingSourceError(f"{path}: there is no such file")
     if path.suffix.lower() == ".parquet":
         return _parquet(path)
     if path.suffix.lower() == ".json" and _starts_with_bracket(path):
@@ -140,7 +142,7 @@ def _hub(source: str, split: str, limit: int | None) -> list[Row]:
     try:
         loaded = datasets.load_dataset(name, configuration or None, split=split)
     except (FileNotFoundError, ConnectionError) as error:
-        raise MissingSource(
+        raise MissingSourceError(
             f"{source}: no such file here, and no data set of that name could be fetched ({error}); "
             "check the path, or the hub id and the network"
         ) from None

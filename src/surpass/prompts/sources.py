@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from surpass.prompts.presets import Preset, preset_named
-from surpass.prompts.rows import DataError, MissingSource, Row, read_rows
+from surpass.prompts.rows import DataError, MissingSourceError, read_rows
 from surpass.records import Prompt
 
-__all__ = ["EMBEDDED_COUNT", "FIELDS", "PRIVILEGED", "DataError", "MissingSource", "load_prompts"]
+__all__ = ["EMBEDDED_COUNT", "FIELDS", "PRIVILEGED", "DataError", "MissingSourceError", "load_prompts"]
 
 PRIVILEGED = ("solution", "hint", "critique", "demonstration", "privileged_context")
 
@@ -53,13 +53,10 @@ def load_prompts(
     split, limit: which part, and at most how many. instruction: text appended to the question; None: the preset's.
     seed: of embedded tasks, which make `limit` prompts (EMBEDDED_COUNT where it is None).
 
-    Raises DataError (a ValueError), MissingSource (also a FileNotFoundError) where there is nothing to read.
+    Raises DataError (a ValueError), MissingSourceError (also a FileNotFoundError) where there is nothing to read.
     """
     if source.startswith("embedded:"):
-        from surpass.tasks import task_prompts
-
-        made = task_prompts(source.removeprefix("embedded:"), limit or EMBEDDED_COUNT, seed, split)
-        return list(made)
+        return _embedded(source, limit or EMBEDDED_COUNT, seed, split, domain)
     chosen = preset_named(preset) if preset else None
     wanted = _check_fields(fields or {})
     if instruction is None:
@@ -71,6 +68,14 @@ def load_prompts(
         except DataError as error:
             raise DataError(f"{source}: {row.where}: {error}") from None
     return _with_unique_ids(source, prompts)
+
+
+def _embedded(source: str, count: int, seed: int, split: str, domain: str | None) -> list[Prompt]:
+    """Prompts of an embedded task; their `verifier` column says who judges them."""
+    from surpass.tasks import task_prompts
+
+    made = task_prompts(source.removeprefix("embedded:"), count, seed, split)
+    return [replace(p, domain=domain or p.domain, columns={**p.columns, "verifier": source}) for p in made]
 
 
 def _check_fields(fields: Mapping[str, str]) -> dict[str, str]:

@@ -50,7 +50,7 @@ def render(
         text = _rendered(prompt.messages, tokenizer, template_args, add_generation_prompt)
     except ValueError as error:
         raise ValueError(f"prompt {prompt.id!r}: {error}") from None
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _tokens(text, tokenizer)
 
 
 def continuation(
@@ -70,8 +70,7 @@ def continuation(
         return []
     before = _rendered(messages, tokenizer, template_args, more[0]["role"] == "assistant")
     after = _rendered([*messages, *more], tokenizer, template_args, more[-1]["role"] != "assistant")
-    first = list(tokenizer(before, add_special_tokens=False)["input_ids"])
-    both = list(tokenizer(after, add_special_tokens=False)["input_ids"])
+    first, both = _tokens(before, tokenizer), _tokens(after, tokenizer)
     if both[: len(first)] != first:
         at = next((i for i, (a, b) in enumerate(zip(first, both, strict=False)) if a != b), len(both))
         raise ValueError(
@@ -154,10 +153,14 @@ def _rendered(
 
 
 def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = _tokens(text, tokenizer)
     if _adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
-        return [tokenizer.bos_token_id, *ids]
+        ids.insert(0, tokenizer.bos_token_id)  # type: ignore[arg-type]
     return ids
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

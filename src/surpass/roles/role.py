@@ -41,7 +41,7 @@ class Role:
         ]
         feedback = rollouts.feedback or (None,) * len(rollouts)
         contexts = [
-            Prompt(id=prompt.id, messages=self.view.prompt_for(prompt, text, note))
+            Prompt(id=prompt.id, messages=self.view.prompt_for(prompt, str(text), note))
             for prompt, text, note in zip(rollouts.prompts, texts, feedback, strict=True)
         ]
         rendered = [render(c, self.policy.tokenizer, template_args=self.template_args) for c in contexts]

@@ -93,7 +93,7 @@ def _read(
 
 
 def _chunks(hidden: Tensor, support: Tensor | None, size: int = 512):
-    for start in range(0, len(hidden), size):
+    for start in range(0, max(len(hidden), 1), size):  # at least one, perhaps empty
         part = slice(start, start + size)
         yield hidden[part], None if support is None else support[part]
 

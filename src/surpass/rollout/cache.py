@@ -102,18 +102,19 @@ class Masks:
         uniform = "sliding_attention" if window else "full_attention"
         self.types = tuple(dict.fromkeys(getattr(config, "layer_types", None) or [uniform]))
         self.window = int(window or 0)
-        self.kernel = getattr(config, "_attn_implementation", None) or "eager"
-        self.dtype = policy.dtype
         self.column = torch.arange(columns, device=policy.device)
+        # Additive, which both kernels take; a finite number, for -inf minus -inf is none.
+        self.hidden = torch.tensor(torch.finfo(policy.dtype).min, dtype=policy.dtype, device=policy.device)
         unknown = sorted(set(self.types) - {"full_attention", "sliding_attention"})
         if unknown:
             raise ValueError(
                 f"{policy.name!r} has layers of type {', '.join(unknown)}; the local engine decodes full and "
                 "sliding-window attention only. Use another engine for this model"
             )
-        if self.kernel not in ATTENTION:
+        kernel = getattr(config, "_attn_implementation", None) or "eager"
+        if kernel not in ATTENTION:
             raise ValueError(
-                f"{policy.name!r} was loaded with attention {self.kernel!r}; the local engine needs explicit "
+                f"{policy.name!r} was loaded with attention {kernel!r}; the local engine needs explicit "
                 f"masks, which {' and '.join(ATTENTION)} take. Load it with one of them"
             )
 
@@ -125,11 +126,5 @@ class Masks:
         masks = {}
         for kind in self.types:
             allowed = seen if kind == "full_attention" else seen & (column > position - self.window)
-            masks[kind] = self._form(allowed[:, None, None])
+            masks[kind] = self.hidden.where(~allowed, 0.0)[:, None, None]
         return masks if len(masks) > 1 else masks[self.types[0]]
-
-    def _form(self, allowed: Tensor) -> Tensor:
-        if self.kernel == "sdpa":
-            return allowed
-        hidden = torch.finfo(self.dtype).min
-        return torch.zeros_like(allowed, dtype=self.dtype).masked_fill_(~allowed, hidden)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from surpass.models.policy import Policy
 from surpass.records import Finish, Ragged
-from surpass.rollout.decoder import Decoder, check_decoder, evaluating
+from surpass.rollout.decoder import Decoder, check_decoder, evaluating, rotary_switch
 from surpass.rollout.engine import Completions, Sampling
 from surpass.rollout.rows import WRITING, Rows
 from surpass.rollout.sampling import draw, uniforms
@@ -68,6 +68,12 @@ class LocalEngine:
             nothing = torch.zeros(0, dtype=torch.int64)
             return Completions(Ragged.from_list([]), torch.zeros(0), nothing, nothing)
         columns = min(int(prompt_ids.lengths.max()) + sampling.max_new_tokens, self.policy.max_length)
+        switch = rotary_switch(self.policy)
+        if switch is not None and columns > switch:
+            raise ValueError(
+                f"texts may reach {columns} tokens (longest prompt + max_new_tokens), but {self.policy.name!r} changes "
+                f"its rotary angles beyond {switch}, which a key/value cache cannot follow; stay at or below {switch}"
+            )
         rows = min(self.max_rows, len(seeds))
         if self.max_tokens is not None:
             if columns > self.max_tokens:
@@ -143,19 +149,20 @@ class _Batch:
         elif self.used - len(self.writing) >= max(1, self.used // 8):
             self._shrink()
         if len(self.writing):
-            hidden = self.decoder.decode(
-                self.rows.token[: self.used], self.rows.position[: self.used], self.width
-            )
+            rows, used = self.rows, self.used
+            hidden = self.decoder.decode(rows.token[:used], rows.position(used), self.width)
             self.width += 1
             writing = len(self.writing)
-            self.writing = self._write(self.writing, hidden if writing == self.used else hidden[self.writing])
+            self.writing = self._write(self.writing, hidden if writing == used else hidden[self.writing])
             if len(self.writing) < writing:
                 self._measure()
-        return len(self.writing) > 0 or self.admitted < len(self.seeds)
+        going = len(self.writing) > 0 or self.admitted < len(self.seeds)
+        if not going:
+            self._collect()
+        return going
 
     def completions(self, version: int) -> Completions:
         """Everything written, in the order it was asked for."""
-        self._collect()
         sequence, length, ids, logp, finish = (torch.cat(column) for column in zip(*self.parts))
         if not logp.isfinite().all():
             raise FloatingPointError(
@@ -180,7 +187,7 @@ class _Batch:
             early = (length + 1 < sampling.min_new_tokens).unsqueeze(1)
             logits[:, self.eos] = logits[:, self.eos].masked_fill(early, -torch.inf)
         token, logp = draw(logits, sampling, rows.uniform[slots, length])
-        finish = rows.write(slots, token, logp, self.eos)
+        finish = rows.write(slots, length, token, logp, self.eos)
         if self.stop is not None:
             self._stop(self.stop, slots, token, finish)
         going = slots[finish == WRITING]
@@ -259,7 +266,7 @@ class _Batch:
 
     def _measure(self) -> None:
         """The columns attention must look at: those of the longest sequence that still writes."""
-        self.width = int(self.rows.position[self.writing].max()) + 1 if len(self.writing) else 0
+        self.width = int(self.rows.position(self.used)[self.writing].max()) + 1 if len(self.writing) else 0
 
 
 def _check_request(policy: Policy, prompt_ids: Ragged, n: int, seeds: Tensor) -> None:

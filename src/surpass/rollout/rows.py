@@ -18,14 +18,14 @@ EMPTY = -1
 class Rows:
     """One entry per slot of the cache, `R` of them, all on the device of the model.
 
-    sequence: `[R]` which of the `N` answers the slot holds, or `EMPTY`. token: `[R]` the last token, not yet read by the model.
-    position: `[R]` its column. length: `[R]` tokens written. limit: `[R]` tokens it may write.
+    sequence: `[R]` which of the `N` answers the slot holds, or `EMPTY`. token: `[R]` the last token, which the
+    model has not read yet. prompt_length: `[R]`. length: `[R]` tokens written. limit: `[R]` tokens it may write.
     finish: `[R]` of `Finish`, or `WRITING`. ids, logp, uniform: `[R, L]` of the response, `L` = max_new_tokens.
     """
 
     sequence: Tensor
     token: Tensor
-    position: Tensor
+    prompt_length: Tensor
     length: Tensor
     limit: Tensor
     finish: Tensor
@@ -43,7 +43,7 @@ class Rows:
         return Rows(
             sequence=integers(rows, value=EMPTY),
             token=integers(rows),
-            position=integers(rows),
+            prompt_length=integers(rows),
             length=integers(rows),
             limit=integers(rows),
             finish=integers(rows, value=int(Finish.ABORTED)),
@@ -57,21 +57,26 @@ class Rows:
     ) -> None:
         """Give `slots` `[m]` to new sequences whose prompts were read; their first token comes next."""
         self.sequence[slots] = sequence
-        self.position[slots] = prompt_length - 1
+        self.prompt_length[slots] = prompt_length
         self.length[slots] = 0
         self.limit[slots] = limit
         self.finish[slots] = WRITING
         self.uniform[slots] = uniform
 
-    def write(self, slots: Tensor, token: Tensor, logp: Tensor, eos: Tensor) -> Tensor:
-        """Append `token` `[m]` to `slots` `[m]`; gives `[m]` why each ended, or `WRITING`. eos: `[E]` ids."""
-        length = self.length[slots]
+    def position(self, used: int) -> Tensor:
+        """`[used]`: the column where the last token of the first `used` slots belongs."""
+        return self.prompt_length[:used] + self.length[:used] - 1
+
+    def write(self, slots: Tensor, length: Tensor, token: Tensor, logp: Tensor, eos: Tensor) -> Tensor:
+        """Append `token` `[m]` to `slots` `[m]`, which hold `length` `[m]`; gives `[m]` why each ended, or `WRITING`.
+
+        eos: `[E]` ids.
+        """
         self.ids[slots, length] = token
         self.logp[slots, length] = logp
         length = length + 1
         self.token[slots] = token
         self.length[slots] = length
-        self.position[slots] += 1
         finish = torch.where(length >= self.limit[slots], int(Finish.LENGTH), WRITING)
         finish = finish.masked_fill_((token.unsqueeze(1) == eos).any(1), int(Finish.EOS))
         self.finish[slots] = finish

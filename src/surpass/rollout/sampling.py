@@ -65,24 +65,25 @@ def inverse_cdf(mass: Tensor, uniform: Tensor) -> Tensor:
     """
     width = mass.shape[1]
     if width <= BLOCK:
-        return _choose(mass, uniform)[0]
+        return _choose(mass, uniform)[0].squeeze(1)
     blocks = torch.nn.functional.pad(mass, (0, -width % BLOCK)).unflatten(1, (-1, BLOCK))
-    block, uniform = _choose(blocks.sum(-1, dtype=accumulator(mass.device)), uniform)
-    inside = blocks.gather(1, block[:, None, None].expand(-1, 1, BLOCK)).squeeze(1)
-    return block * BLOCK + _choose(inside, uniform)[0]
+    shares = blocks.sum(-1, dtype=accumulator(mass.device))
+    block, target, edges = _choose(shares, uniform)
+    # Where within its block the uniform fell, again in [0, 1].
+    size = shares.gather(1, block)
+    uniform = ((target - (edges.gather(1, block) - size)) / size).squeeze(1).clamp(0, 1)
+    inside = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1)
+    return (block * BLOCK + _choose(inside, uniform)[0]).squeeze(1)
 
 
-def _choose(mass: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The chosen entry `[B]` and where within it the uniform fell `[B]`, again in `[0, 1)`."""
-    edges = mass.to(accumulator(mass.device)).cumsum(-1)
+def _choose(mass: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The chosen entry `[B, 1]`, the target `[B, 1]` that lies in it, and the cumulative sums `[B, W]`."""
+    edges = mass.cumsum(-1, dtype=accumulator(mass.device))
     total = edges[:, -1:]
     # Rounding must not push the target onto the end, behind which there is nothing.
-    target = torch.minimum(uniform.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    target = torch.minimum(uniform.unsqueeze(1) * total, torch.nextafter(total, total.new_zeros(())))
     # Only logits that are not numbers reach past the end; the clamp keeps them readable until they are reported.
-    chosen = torch.searchsorted(edges, target, right=True).clamp_(max=mass.shape[1] - 1)
-    size = mass.gather(1, chosen)
-    within = (target - (edges.gather(1, chosen) - size)) / size
-    return chosen.squeeze(1), within.squeeze(1).clamp(0, 1)
+    return torch.searchsorted(edges, target, right=True).clamp_(max=mass.shape[1] - 1), target, edges
 
 
 def _threshold(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -61,6 +61,7 @@ def load_rollouts(directory: Path) -> Rollouts | None:
     def table(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
+    columns: dict[str, Any] = dict(table("column/"))
     scores = {}
     for role in text["roles"]:
         parts = tuple(
@@ -68,7 +69,8 @@ def load_rollouts(directory: Path) -> Rollouts | None:
             for owner, i, name in text["hidden"]
             if owner == role
         )
-        scores[role] = Scores(**table(f"scores/{role}/"), hidden=parts)
+        scored: dict[str, Any] = dict(table(f"scores/{role}/"))
+        scores[role] = Scores(**scored, hidden=parts)
     return Rollouts(
         prompts=tuple(_prompt(p) for p in text["prompts"]),
         prompt_ids=Ragged(tensors["prompt_ids/values"], tensors["prompt_ids/offsets"]),
@@ -76,8 +78,11 @@ def load_rollouts(directory: Path) -> Rollouts | None:
         temperature=text["temperature"],
         feedback=None if text["feedback"] is None else tuple(text["feedback"]),
         scores=scores,
-        **{name: table(f"{name}/") for name in _TABLES},
-        **table("column/"),
+        components=table("components/"),
+        token=table("token/"),
+        sequence=table("sequence/"),
+        masks=table("masks/"),
+        **columns,
     )
 
 

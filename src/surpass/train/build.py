@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from surpass.config import RunConfig
+from surpass.judge.build import build_judge
 from surpass.judge.judge import Judge
-from surpass.methods.base import Method
+from surpass.judge.verifiers import verifier_for
+from surpass.methods.base import Method, RoleSpec
 from surpass.methods.run import Run
-from surpass.models.policy import Policy, load_policy
+from surpass.models.policy import Policy, add_lora, load_policy
 from surpass.models.tokenizers import check_same_tokens
+from surpass.prompts.limits import check_lengths
+from surpass.prompts.sources import load_prompts
 from surpass.prompts.stream import PromptStream
-from surpass.prompts.templates import check_same_template
+from surpass.prompts.templates import check_same_template, render
+from surpass.prompts.views import View
 from surpass.records import Prompt
-from surpass.roles.role import Role
+from surpass.roles.role import Role, snapshot
+from surpass.roles.sync import CopyEvery, Ema, Frozen, Live, Sync
 from surpass.rollout.engine import Engine, Sampling
 from surpass.rollout.local import LocalEngine
-from surpass.train.judging import make_judge, verifier_names
 
 
 def check_config(config: RunConfig, method: Method) -> None:
@@ -84,10 +90,10 @@ def build(config: RunConfig, method: Method) -> Built:
 
     student = _load_student(config)
     needs = method.needs()
-    prompts, verifiers = read_prompts(config, config.prompts, config.data.split, config.data.limit)
+    prompts = read_prompts(config, config.prompts, config.data.split, config.data.limit)
     prompts = _fit(prompts, student, config, notes)
     teachers = {}
-    if needs.teacher:
+    if needs.teacher and "teacher" not in method.roles():
         paths = {"default": config.teacher} if config.teacher else config.teachers
         for domain, path in paths.items():
             name = "teacher" if domain == "default" else f"teacher/{domain}"
@@ -110,7 +116,7 @@ def build(config: RunConfig, method: Method) -> Built:
                 check_same_template(
                     student.tokenizer, role.policy.tokenizer, config.data.template_args, other_name=role.name
                 )
-    judge = make_judge(prompts, verifiers, config.judge, required=needs.reward)
+    judge = make_judge(config, prompts) if needs.reward else None
 
     def engine_for(policy: Policy) -> Engine:
         return LocalEngine(policy, max_rows=config.rollout.max_rows)
@@ -137,11 +143,9 @@ def build(config: RunConfig, method: Method) -> Built:
     eval_prompts: list[Prompt] = []
     eval_judge = judge
     if config.eval.prompts:
-        eval_prompts, verifiers = read_prompts(
-            config, config.eval.prompts, config.eval.split, config.eval.limit
-        )
+        eval_prompts = read_prompts(config, config.eval.prompts, config.eval.split, config.eval.limit)
         eval_prompts = _fit(eval_prompts, student, config, notes)
-        eval_judge = make_judge(eval_prompts, verifiers, config.judge, required=True)
+        eval_judge = make_judge(config, eval_prompts)
     return Built(run, eval_prompts, eval_judge, notes)
 
 
@@ -161,13 +165,13 @@ def make_sampling(config: RunConfig) -> Sampling:
 
 def read_prompts(
     config: RunConfig, source: str | dict[str, str], split: str, limit: int | None
-) -> tuple[list[Prompt], dict[str, str]]:
-    """All prompts of one source, or of one per domain, and the verifier's name for each domain."""
+) -> list[Prompt]:
+    """All prompts of one source, or of one per domain."""
     sources = source if isinstance(source, dict) else {"": source}
-    prompts: list[Prompt] = []
-    verifiers: dict[str, str] = {}
-    for domain, path in sources.items():
-        read = load_prompts(
+    return [
+        prompt
+        for domain, path in sources.items()
+        for prompt in load_prompts(
             path,
             preset=config.data.preset,
             fields=config.data.fields,
@@ -176,9 +180,27 @@ def read_prompts(
             limit=limit,
             seed=config.seed,
         )
-        verifiers |= verifier_names(read, path, config.data.preset, config.judge.verifier)
-        prompts += read
-    return prompts, verifiers
+    ]
+
+
+def verifiers_of(config: RunConfig, prompts: list[Prompt]) -> dict[str, str]:
+    """Verifier by domain: the configured one for all, else those of the preset and of embedded tasks."""
+    if config.judge.verifier:
+        return {"default": config.judge.verifier}
+    return verifier_for(prompts, config.data.preset)
+
+
+def make_judge(config: RunConfig, prompts: list[Prompt]) -> Judge:
+    """The judge of the configuration for these prompts. Raises ValueError where nothing would judge some of them."""
+    settings = config.judge
+    return build_judge(
+        prompts,
+        verifiers_of(config, prompts),
+        settings.rewards,
+        on_failure=settings.on_failure,
+        time_limit=settings.time_limit,
+        workers=settings.workers,
+    )
 
 
 def check_domains(prompts: Iterable[Prompt], teachers: Iterable[str]) -> None:

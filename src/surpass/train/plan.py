@@ -121,11 +121,10 @@ def _tokenizers(out: Plan, config: RunConfig, paths: dict[str, str]) -> None:
 def _prompts(out: Plan, config: RunConfig, paths: dict[str, str]) -> None:
     if not config.prompts:
         return
-    read = _try(out, lambda: read_prompts(config, config.prompts, config.data.split, config.data.limit))
+    prompts = _try(out, lambda: read_prompts(config, config.prompts, config.data.split, config.data.limit))
     tokenizer = _try(out, lambda: AutoTokenizer.from_pretrained(paths["student"]))
-    if read is None or tokenizer is None:
+    if prompts is None or tokenizer is None:
         return
-    prompts, _ = read
     if config.teachers:
         _try(out, lambda: check_domains(prompts, config.teachers))
     lengths = _try(

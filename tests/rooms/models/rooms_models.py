@@ -62,7 +62,13 @@ def tiny(kind: str, seed: int = 0, **changes) -> Policy:
         elif kind == "gpt2":
             model = GPT2LMHeadModel(
                 GPT2Config(
-                    vocab_size=V, n_embd=8, n_layer=2, n_head=2, n_positions=16, eos_token_id=V - 1, bos_token_id=V - 1
+                    vocab_size=V,
+                    n_embd=8,
+                    n_layer=2,
+                    n_head=2,
+                    n_positions=16,
+                    eos_token_id=V - 1,
+                    bos_token_id=V - 1,
                 )
             )
         else:

@@ -50,6 +50,7 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": EOS,
     "bos_token_id": 0,
 }
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 
 
@@ -73,7 +74,7 @@ def _gpt2() -> Any:
 
 MODELS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
-    "qwen3-eager": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, attn_implementation="eager")),
+    "qwen3-eager": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, **EAGER)),
     "qwen3-sliding": lambda: Qwen3ForCausalLM(
         Qwen3Config(**SHAPE, use_sliding_window=True, sliding_window=WINDOW, layer_types=ALTERNATING)
     ),
@@ -85,7 +86,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: Gemma2ForCausalLM(
         Gemma2Config(
             **SHAPE, sliding_window=WINDOW, layer_types=ALTERNATING, query_pre_attn_scalar=4,
-            final_logit_softcapping=2.0, attn_logit_softcapping=5.0, attn_implementation="eager",
+            final_logit_softcapping=2.0, attn_logit_softcapping=5.0, **EAGER,
         )
     ),
     "gemma3": lambda: Gemma3ForCausalLM(
@@ -109,6 +110,10 @@ def prompts(count: int, seed: int = 0, longest: int = 14) -> Ragged:
     return Ragged.from_list([torch.randint(0, V - 1, (length,), generator=generator) for length in lengths])
 
 
+def text(writer: Policy, ids: list[int]) -> str:
+    return str(writer.tokenizer.decode(ids))
+
+
 @torch.no_grad()
 def plain_logp(writer: Policy, prompt_ids: Ragged, n: int, out: Completions, sampling: Sampling) -> Tensor:
     """`[T]`: log-probs of the completions from the model's own forward over each whole text, one by one."""
@@ -116,7 +121,11 @@ def plain_logp(writer: Policy, prompt_ids: Ragged, n: int, out: Completions, sam
     for i, response in enumerate(out.response.tolist()):
         prompt = prompt_ids[i // n]
         ids = torch.cat([prompt, torch.tensor(response, dtype=torch.int64)])
-        logits = writer.causal_lm(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        logits = (
+            writer.causal_lm(input_ids=ids.unsqueeze(0), use_cache=False)
+            .logits[0, len(prompt) - 1 : -1]
+            .float()
+        )
         logits = logits / (sampling.temperature or 1.0)
         logits[: max(0, sampling.min_new_tokens - 1), list(writer.eos_ids)] = -torch.inf
         columns.append(law(logits, sampling).gather(1, torch.tensor(response).unsqueeze(1)).squeeze(1))

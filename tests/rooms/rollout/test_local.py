@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import pytest
 import torch
-from rooms_rollout import EOS, MODELS, V, plain_logp, policy, prompts
+from rooms_rollout import EOS, MODELS, SHAPE, V, plain_logp, policy, prompts, text
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from surpass.models.policy import Lora, Policy, add_lora
 from surpass.records import Finish, Ragged
@@ -16,7 +23,7 @@ from surpass.rollout.engine import Completions, Sampling
 from surpass.rollout.local import LocalEngine
 
 # float32 sums of a few dozen terms in another order, through four layers, on logits of size about 10.
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def seeds(count: int, first: int = 0) -> Tensor:
@@ -60,7 +67,9 @@ def test_samples_of_a_prompt_lie_together_and_differ() -> None:
     texts = out.response.tolist()
     assert all(len({tuple(text) for text in texts[4 * i : 4 * i + 4]}) > 1 for i in range(3))
     same_seed = torch.tensor([7, 7, 7, 7])
-    one = LocalEngine(policy()).generate(prompt_ids.select(torch.tensor([1])), 4, Sampling(max_new_tokens=8), same_seed)
+    one = LocalEngine(policy()).generate(
+        prompt_ids.select(torch.tensor([1])), 4, Sampling(max_new_tokens=8), same_seed
+    )
     assert len({tuple(text) for text in one.response.tolist()}) == 1
 
 
@@ -70,7 +79,9 @@ def test_a_group_is_read_once_however_its_rows_are_admitted() -> None:
     engine = LocalEngine(writer, max_rows=3)
     body = writer.causal_lm.base_model
     hook = body.register_forward_pre_hook(
-        lambda _, args, kwargs: read.append(len(kwargs["input_ids"])) if "attention_mask" not in kwargs else None,
+        lambda _, args, kwargs: (
+            read.append(len(kwargs["input_ids"])) if "attention_mask" not in kwargs else None
+        ),
         with_kwargs=True,
     )
     engine.generate(prompt_ids, 5, Sampling(max_new_tokens=6), seeds(20))
@@ -84,7 +95,9 @@ def test_no_dead_row_is_decoded_for_long() -> None:
     decoded: list[int] = []
     engine = LocalEngine(writer, max_rows=64)
     hook = writer.causal_lm.base_model.register_forward_pre_hook(
-        lambda _, args, kwargs: decoded.append(len(kwargs["input_ids"])) if "attention_mask" in kwargs else None,
+        lambda _, args, kwargs: (
+            decoded.append(len(kwargs["input_ids"])) if "attention_mask" in kwargs else None
+        ),
         with_kwargs=True,
     )
     out = engine.generate(prompt_ids, 4, Sampling(max_new_tokens=40), seeds(64))
@@ -119,10 +132,15 @@ def test_sampled_frequencies_are_those_of_the_model() -> None:
     """First tokens of many samples of one prompt against the model's distribution: chi-square at 1e-4."""
     writer, count = policy(), 20_000
     prompt_ids = Ragged.from_list([[3, 1, 4]])
-    out = LocalEngine(writer, max_rows=4096).generate(prompt_ids, count, Sampling(max_new_tokens=1), seeds(count))
+    out = LocalEngine(writer, max_rows=4096).generate(
+        prompt_ids, count, Sampling(max_new_tokens=1), seeds(count)
+    )
     observed = torch.bincount(out.response.values, minlength=V).double()
     with torch.no_grad():
-        expected = writer.causal_lm(input_ids=prompt_ids.values.unsqueeze(0)).logits[0, -1].double().softmax(-1) * count
+        expected = (
+            writer.causal_lm(input_ids=prompt_ids.values.unsqueeze(0)).logits[0, -1].double().softmax(-1)
+            * count
+        )
     large = expected > 5
     rest_observed, rest_expected = observed[~large].sum(), expected[~large].sum()
     statistic = ((observed - expected)[large] ** 2 / expected[large]).sum()
@@ -162,7 +180,9 @@ def test_every_eos_of_the_generation_configuration_ends() -> None:
     writer = policy()
     writer.causal_lm.generation_config.eos_token_id = [EOS, 4, 5]  # type: ignore[union-attr]
     out = LocalEngine(writer).generate(prompts(8), 4, Sampling(max_new_tokens=20), seeds(32))
-    last = {ids[-1] for ids, finish in zip(out.response.tolist(), out.finish.tolist()) if finish == Finish.EOS}
+    last = {
+        ids[-1] for ids, finish in zip(out.response.tolist(), out.finish.tolist()) if finish == Finish.EOS
+    }
     assert last == {EOS, 4, 5}
     assert not any({EOS, 4, 5} & set(ids[:-1]) for ids in out.response.tolist())
 
@@ -180,13 +200,15 @@ def test_a_stop_string_ends_the_response_and_leaves_its_tokens() -> None:
     writer, prompt_ids = policy(), prompts(16)
     drawn = seeds(64)
     free = LocalEngine(writer).generate(prompt_ids, 4, Sampling(max_new_tokens=12), drawn)
-    texts = [writer.tokenizer.decode(ids) for ids in free.response.tolist()]
-    pair = next(text[2:4] for text in texts if len(text) > 5 and "." not in text[2:4])
-    out = LocalEngine(writer, max_rows=5).generate(prompt_ids, 4, Sampling(max_new_tokens=12, stop=(pair,)), drawn)
+    texts = [text(writer, ids) for ids in free.response.tolist()]
+    pair = next(t[2:4] for t in texts if len(t) > 5 and "." not in t[2:4])
+    out = LocalEngine(writer, max_rows=5).generate(
+        prompt_ids, 4, Sampling(max_new_tokens=12, stop=(pair,)), drawn
+    )
     stopped = 0
     for before, ids, finish in zip(texts, out.response.tolist(), out.finish.tolist()):
         expected = before[: before.index(pair) + 2] if pair in before else before
-        assert writer.tokenizer.decode(ids) == expected
+        assert text(writer, ids) == expected
         assert (finish == Finish.STOP) == (pair in before)
         stopped += pair in before
     assert 0 < stopped < 64
@@ -212,7 +234,9 @@ def test_requests_that_cannot_be_served_are_refused_in_words() -> None:
     with pytest.raises(ValueError, match="one seed per answer"):
         engine.generate(Ragged.from_list([[1], [2]]), 2, Sampling(), seeds(2))
     with pytest.raises(ValueError, match="max_tokens is 8"):
-        LocalEngine(writer, max_tokens=8).generate(Ragged.from_list([[1]]), 1, Sampling(max_new_tokens=9), seeds(1))
+        LocalEngine(writer, max_tokens=8).generate(
+            Ragged.from_list([[1]]), 1, Sampling(max_new_tokens=9), seeds(1)
+        )
     with pytest.raises(ValueError, match="max_rows must be at least 1"):
         LocalEngine(writer, max_rows=0)
     nothing = engine.generate(Ragged.from_list([]), 4, Sampling(), seeds(0))
@@ -250,8 +274,7 @@ def test_training_mode_comes_back_and_gradients_do_not_leak() -> None:
     writer = policy()
     writer.model.train()
     writer.causal_lm.gradient_checkpointing_enable()
-    frozen = writer.causal_lm.get_output_embeddings()
-    frozen.eval()
+    writer.causal_lm.base_model.layers[1].eval()
     before = [module.training for module in writer.model.modules()]
     calls: list[int] = []
     hook = writer.causal_lm.base_model.register_forward_pre_hook(
@@ -267,6 +290,33 @@ def test_training_mode_comes_back_and_gradients_do_not_leak() -> None:
     assert not out.logp.requires_grad
     writer.causal_lm(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
     assert all(p.grad is not None for p in writer.model.parameters())
+
+
+def test_rotary_angles_that_change_with_the_length_are_kept_apart() -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16,
+        "short_factor": [1.0, 1.0], "long_factor": [2.0, 3.0],
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope)).eval()
+    writer, prompt_ids = Policy(model, policy().tokenizer, "longrope"), prompts(4, longest=8)
+    engine, sampling = LocalEngine(writer), Sampling(max_new_tokens=8)
+    out = engine.generate(prompt_ids, 2, sampling, seeds(8))
+    torch.testing.assert_close(out.logp, plain_logp(writer, prompt_ids, 2, out, sampling), **CLOSE)
+    with pytest.raises(ValueError, match="rotary angles beyond 16"):
+        engine.generate(prompt_ids, 2, Sampling(max_new_tokens=12), seeds(8))
+
+
+def test_nothing_of_the_model_stays_in_inference_mode() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = LlamaForCausalLM(
+        LlamaConfig(**{**SHAPE, "max_position_embeddings": 8}, rope_parameters=rope)
+    ).eval()
+    model.config.max_position_embeddings = 64
+    writer = Policy(model, policy().tokenizer, "dynamic")
+    out = LocalEngine(writer).generate(Ragged.from_list([[1] * 6]), 2, Sampling(max_new_tokens=8), seeds(2))
+    assert not any(buffer.is_inference() for buffer in model.buffers())
+    columns = (out.response.values, out.response.offsets, out.logp, out.finish, out.version)
+    assert not any(column.is_inference() for column in columns)
 
 
 def test_new_weights_are_used_and_counted() -> None:
@@ -296,7 +346,8 @@ def test_an_adapter_writes() -> None:
 
 
 def test_bfloat16_writes_under_its_own_law() -> None:
-    writer = dataclasses.replace(policy(), model=policy().causal_lm.to(torch.bfloat16))
+    writer = policy()
+    writer.model.bfloat16()
     prompt_ids, sampling = prompts(4), Sampling(max_new_tokens=6)
     out = LocalEngine(writer).generate(prompt_ids, 2, sampling, seeds(8))
     expected = plain_logp(writer, prompt_ids, 2, out, sampling)

@@ -36,7 +36,11 @@ def test_a_uniform_is_in_range_and_is_splitmix64(seed: int, position: int) -> No
 def test_uniforms_are_uniform_along_seeds_and_along_positions(first: int, along_seeds: bool) -> None:
     count, bins = 4096, 16
     run = torch.arange(count)
-    u = uniforms(first + run, torch.zeros(1, dtype=torch.int64)) if along_seeds else uniforms(torch.tensor([first]), run)
+    u = (
+        uniforms(first + run, torch.zeros(1, dtype=torch.int64))
+        if along_seeds
+        else uniforms(torch.tensor([first]), run)
+    )
     observed = torch.histc(u, bins, 0, 1)
     statistic = float(((observed - count / bins) ** 2 / (count / bins)).sum())
     # Chi-square with 15 degrees of freedom exceeds 65 once in 3e7 runs; hypothesis makes 100.
@@ -82,7 +86,9 @@ def reference_law(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 @given(st.integers(0, 10**6), st.integers(0, 12), st.floats(0.05, 1), st.floats(0, 0.9))
-def test_the_law_is_top_k_then_top_p_then_min_p_renormalised(seed: int, k: int, p: float, min_p: float) -> None:
+def test_the_law_is_top_k_then_top_p_then_min_p_renormalised(
+    seed: int, k: int, p: float, min_p: float
+) -> None:
     logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(seed)) * 2
     sampling = Sampling(top_k=k, top_p=p, min_p=min_p)
     probabilities = law(logits, sampling).exp()
