@@ -100,7 +100,7 @@ def test_lambda_one_needs_no_reference_and_asks_none(settings):
 def test_lambda_other_than_one_without_a_reference_is_an_error_in_words(settings):
     method = ExOPD(**settings, reward_scale=1.25)
     assert method.needs().reference
-    with pytest.raises(ValueError, match="needs a reference.*--reference student"):
+    with pytest.raises(ValueError, match=r"needs a reference.*--reference student"):
         method.collect(dataclasses.replace(world(), reference=None), [PROMPT])
 
 
@@ -360,7 +360,10 @@ def certainty(run, batch) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_guard_holds_lambda_at_one_exactly_where_the_teacher_is_certain(settings, by):
     run = world()
     entropy, top1 = certainty(run, rollouts(run, ANSWERS))
-    limits = {"guard_entropy": float(entropy.quantile(0.3)), "guard_top1": float(top1.quantile(0.6))}
+    limits: dict[str, Any] = {
+        "guard_entropy": float(entropy.quantile(0.3)),
+        "guard_top1": float(top1.quantile(0.6)),
+    }
     if by != "either":
         limits = {f"guard_{by}": limits[f"guard_{by}"]}
     held = torch.zeros(len(entropy), dtype=torch.bool)

@@ -130,6 +130,22 @@ def test_discount_one_is_the_gradient_of_the_sequence_divergence():
     assert not torch.allclose(expected_gradient(run, OPD(), batch), exact, **CLOSE)
 
 
+@pytest.mark.parametrize("support", ["student", "teacher", "union", "intersection"])
+@pytest.mark.parametrize("padded", ["student", "teacher"])
+def test_a_support_never_holds_a_token_that_only_one_side_has(support, padded):
+    method = OPD(estimator="top_k", top_k=V + 2, support=support)
+    sizes = {"student": V + 2, "teacher": V + 2, padded: V + 5}
+    run = world(ANSWERS, student=policy(0, sizes["student"]), teacher=policy(1, sizes["teacher"]))
+    run = dataclasses.replace(run, reference=None)
+    batch = method.score(run, rollouts(run, ANSWERS))
+    ids, valid = batch.token["support"], batch.token["support_valid"]
+    assert int(ids.max()) < V + 2
+    assert bool(valid.any(-1).all())
+    values = method.loss(run, batch).terms[0].values
+    assert bool(values.isfinite().all())
+    assert bool(gradient(run.student, values.sum()).isfinite().all())
+
+
 # -- the sampler's law ------------------------------------------------------------------------------------------
 
 
@@ -169,7 +185,7 @@ def test_second_update_on_a_batch_takes_its_ratio_from_the_first_weights():
     batch = method.collect(run, [PROMPT] * len(ANSWERS))
     assert batch.scores["old"].logp is not None
     with torch.no_grad():
-        student.causal_lm.get_output_embeddings().weight.mul_(1.01)
+        student.head.weight.mul_(1.01)
     loss = method.loss(run, batch)
     now = token_logp(student, batch).detach()
     ratio = (now - batch.scores["old"].logp).exp()

@@ -146,13 +146,12 @@ class Judge:
         self.close()
 
     def _verify(self, verifier: Verifier, prompts: list[Prompt], completions: list[str]) -> list[Outcome]:
-        if verifier.needs_answer:
-            for prompt in prompts:
-                if prompt.answer is None:
-                    raise ValueError(
-                        f"verifier {verifier.name!r} compares with the gold answer, and prompt {prompt.id!r} has none; add "
-                        "an `answer` column, or name yours with data.fields.answer"
-                    )
+        for prompt in prompts:
+            if prompt.answer is None:
+                raise ValueError(
+                    f"verifier {verifier.name!r} compares with the gold answer, and prompt {prompt.id!r} has none; "
+                    "add an `answer` column, or name yours with data.fields.answer"
+                )
         if verifier.isolated:
             tasks = [(text, prompt.answer) for text, prompt in zip(completions, prompts, strict=True)]
             return self._pools[verifier.isolated].run(tasks)

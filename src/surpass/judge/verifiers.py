@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from surpass.judge.answers import chosen_letter, final_answer, marked_answer, normalised
 from surpass.judge.functions import is_target
@@ -28,17 +27,16 @@ class Verifier:
     name: str
     verify: Callable[[str, Prompt], float]
     isolated: str | None = None
-    needs_answer: bool = True
     vote: Callable[[str], str | None] | None = None
 
 
 def verifier_named(name: str) -> Verifier:
-    """`math`, `exact`, `choice`, `contains`, `embedded:TASK`, or `module:function` / `file.py:function`.
+    """`math`, `exact`, `choice`, `contains`, `embedded`, `embedded:TASK`, or `module:function` / `file.py:function`.
 
     Raises ValueError for unknown names, and for `code`, which needs a sandbox.
     """
     if name.startswith("embedded:"):
-        return _embedded(name)
+        return _embedded_task(name)
     if name == "code":
         raise ValueError(
             "verifier 'code' would run programs a model wrote, and there is no sandbox verifier here; use prompts with "
@@ -130,15 +128,36 @@ def _only_isolated(completion: str, prompt: Prompt) -> float:
     )
 
 
-def _embedded(name: str) -> Verifier:
-    task: Any = name.removeprefix("embedded:")
+def _embedded(completion: str, prompt: Prompt) -> float:
+    """As the task the prompt came from would have it."""
+    from surpass.tasks import verify
+
+    task = prompt.columns.get("verifier")
+    if not isinstance(task, str) or not task.startswith("embedded:"):
+        raise ValueError(
+            f"prompt {prompt.id!r} comes from no embedded task; set judge.verifier embedded:TASK"
+        )
+    return verify(task.removeprefix("embedded:"), completion, prompt)
+
+
+def _embedded_task(name: str) -> Verifier:
+    from surpass.tasks import task_named
+    from surpass.tasks import verify as verify_task
+
+    tasks = name.removeprefix("embedded:")
+    for task in tasks.split("+"):
+        task_named(task)
 
     def verify(completion: str, prompt: Prompt) -> float:
-        from surpass.tasks import verify as verify_task
+        return verify_task(tasks, completion, prompt)
 
-        return float(verify_task(task, completion, prompt))
+    return Verifier(name, verify, vote=_line_vote)
 
-    return Verifier(name, verify, needs_answer=False, vote=_text_vote)
+
+def _line_vote(completion: str) -> str:
+    from surpass.tasks import final_line
+
+    return final_line(completion)
 
 
 VERIFIERS = {
@@ -148,5 +167,6 @@ VERIFIERS = {
         Verifier("exact", _exact, vote=_text_vote),
         Verifier("contains", _contains, vote=_text_vote),
         Verifier("choice", _choice, vote=chosen_letter),
+        Verifier("embedded", _embedded, vote=_line_vote),
     )
 }

@@ -80,14 +80,20 @@ class _Worker:
         self.errors.seek(max(0, self.errors.tell() - 4000))
         return self.errors.read().decode(errors="replace").strip()
 
-    def kill(self) -> int:
-        """End it now; its exit status (negative: the signal)."""
+    def end(self) -> int:
+        """The exit status of a process that closed its output (negative: the signal that ended it)."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(timeout=5)
         self.process.kill()
-        status = self.process.wait()
+        return self.process.wait()
+
+    def kill(self) -> None:
+        """End it now."""
+        self.process.kill()
+        self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.errors):
             if stream is not None:
                 stream.close()
-        return status
 
 
 class WorkerPool:
@@ -167,8 +173,9 @@ class WorkerPool:
         try:
             message = worker.take()
         except EOFError:
+            status = worker.end()
             words = worker.last_words()
-            status = worker.kill()
+            worker.kill()
             if worker.task is None:
                 self._fail_to_start(f"ended with exit status {status}:\n{words}")
             report = f"the verifier's process ended with exit status {status}\n{words}".strip()

@@ -85,6 +85,9 @@ class OPD(PolicyGradient):
         tops = [rollouts.scores[owner].support for owner in owners]
         assert tops[0] is not None and tops[-1] is not None
         ids, valid = combine_support(tops[0], tops[-1], self.support)
+        # Vocabularies may be padded to different sizes: nobody is asked about a token that another does not have.
+        shared = run.shared_vocabulary
+        ids, valid = ids.clamp(max=shared - 1), valid & (ids < shared)
         return rollouts.with_(token={"support": ids, "support_valid": valid}), ids
 
     def loss(self, run: Run, batch: Rollouts) -> Loss:

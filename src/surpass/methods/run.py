@@ -218,6 +218,12 @@ class Run:
             scores = self._score(self.role(role), rollouts, want, support)
         return rollouts.with_(scores={role: scores})
 
+    @property
+    def shared_vocabulary(self) -> int:
+        """Tokens that the student, every teacher and the reference have (vocabularies may be padded)."""
+        roles = [*self.teachers.values(), *([self.reference] if self.reference else [])]
+        return min([self.student.vocabulary, *(role.policy.vocabulary for role in roles)])
+
     def _score(self, role: Role, rollouts: Rollouts, want: Want, support: Tensor | None) -> Scores:
         self.tokens["scored"] += len(rollouts.response.values)
         return score(

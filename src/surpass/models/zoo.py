@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,20 +42,27 @@ CHAT_TEMPLATE = """\
 
 # As Qwen3: thinking switched off is an empty block before the answer. It stands before earlier answers too, so that
 # a longer conversation always begins with the rendering of the shorter one.
-EMPTY_THINKING = '{%- if enable_thinking is defined and not enable_thinking -%}{{- "<think>\\n\\n</think>\\n\\n" -}}{%- endif -%}'
+EMPTY_THINKING = (
+    "{%- if enable_thinking is defined and not enable_thinking -%}"
+    '{{- "<think>\\n\\n</think>\\n\\n" -}}'
+    "{%- endif -%}"
+)
 
 
 def char_tokenizer(alphabet: str = PRINTABLE, thinking: bool = False) -> PreTrainedTokenizerFast:
-    """One token per character of `alphabet`; anything else becomes `<|unknown|>`.
+    """One token per character of `alphabet` (per byte, beyond ASCII); anything else becomes `<|unknown|>`.
 
-    Special tokens come first: padding (id 0), beginning, end of turn (which is the EOS), unknown, one per chat role.
+    It is Qwen's byte-level BPE without merges, so it loads beside any of the architectures here. Special tokens come
+    first: padding (id 0), beginning, end of turn (which is the EOS), unknown, then one per chat role.
     thinking: adds `<think>` and `</think>`, and the chat template then reads `enable_thinking`; without them it
     does not know that argument.
     """
-    words = [*_special_tokens(thinking), *dict.fromkeys(alphabet)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
-    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = "".join(piece for piece, _ in byte_level.pre_tokenize_str(alphabet))
+    words = dict.fromkeys([*_special_tokens(thinking), *letters])
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = byte_level  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     return _finish(tokenizer, thinking, unknown=True)
 
 

@@ -38,8 +38,12 @@ def score(
 
     support: `[T, K]` token ids to give log-probs of, instead of the role's own top-k. temperature divides logits.
     token_budget: prompt + response tokens (padding included) of one forward.
+    Raises ValueError for tokens beyond the role's vocabulary and for a top-k larger than it.
     """
     prompt_ids, response = role.prompt_ids(rollouts), rollouts.response
+    _check_vocabulary(
+        role, want, [response.values, prompt_ids.values, *([] if support is None else [support])]
+    )
     batches = micro_batches(prompt_ids.lengths + response.lengths, token_budget)
     model = role.policy.model
     was_training = model.training
@@ -55,6 +59,21 @@ def score(
             )
     model.train(was_training)
     return merge(parts, len(response.values))
+
+
+def _check_vocabulary(role: Role, want: Want, ids: Sequence[Tensor]) -> None:
+    vocabulary = role.policy.vocabulary
+    largest = max((int(part.max()) for part in ids if part.numel()), default=0)
+    if largest >= vocabulary:
+        raise ValueError(
+            f"role {role.name!r} has a vocabulary of {vocabulary} tokens and is asked about token {largest}; student "
+            "and role must share a tokenizer, and tokens that only one of them has can not be scored"
+        )
+    if want.top_k > vocabulary:
+        raise ValueError(
+            f"role {role.name!r} has a vocabulary of {vocabulary} tokens, fewer than the top {want.top_k} asked for; "
+            f"set method.top_k to at most {vocabulary}"
+        )
 
 
 def _read(

@@ -56,7 +56,7 @@ def test_sequence_longer_than_the_model_is_an_error_in_words():
 
 
 def test_empty_prompt_is_an_error_in_words():
-    with pytest.raises(ValueError, match="zero tokens.*BOS"):
+    with pytest.raises(ValueError, match=r"zero tokens.*BOS"):
         response_hidden(tiny("qwen3"), ragged([[0], []]), ragged([[1], [1]]))
 
 

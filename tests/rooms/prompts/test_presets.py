@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from surpass.judge.math_answer import verify
 from surpass.prompts.presets import BOXED, PRESETS
 from surpass.prompts.sources import DataError, load_prompts
 
@@ -23,7 +24,9 @@ def test_gsm8k_answers_and_solutions(tmp_path):
     assert prompt.domain == "math"
     # The worked text must not stay in reach of what reads columns as if it were the answer.
     assert "answer" not in prompt.columns
-    assert load_one(tmp_path, row, preset="gsm8k", instruction="").messages[0]["content"] == "How many?"
+    assert load_one(tmp_path, row, preset="gsm8k", instruction="").messages == (
+        {"role": "user", "content": "How many?"},
+    )
     with pytest.raises(
         DataError, match=r"line 1: preset gsm8k: expected an answer that ends in '#### NUMBER'"
     ):
@@ -59,7 +62,7 @@ def test_deepmath_and_eurus(tmp_path):
     }
     prompt = load_one(tmp_path, row, preset="eurus-code")
     assert (prompt.answer, prompt.domain) == ("{}", "code")
-    assert prompt.messages[0]["content"] == "write f"
+    assert prompt.messages == ({"role": "user", "content": "write f"},)
 
 
 def test_every_preset_is_described():
@@ -75,3 +78,11 @@ def test_real_gsm8k(gsm8k):
     assert prompts[0].answer == "72"
     assert all(p.answer.lstrip("-").replace(".", "").isdigit() for p in prompts)
     assert not any("<<" in p.privileged["solution"] or "####" in p.privileged["solution"] for p in prompts)
+
+
+def test_worked_solutions_of_real_problems_are_right_and_other_answers_wrong(gsm8k):
+    rows = [json.loads(line) for line in gsm8k.read_text().splitlines()[:300]]
+    prompts = load_prompts(str(gsm8k), preset="gsm8k", limit=300)
+    for row, prompt, other in zip(rows, prompts, [*prompts[1:], prompts[0]], strict=True):
+        assert verify(row["answer"], prompt.answer) == 1.0
+        assert verify(row["answer"], other.answer) == float(prompt.answer == other.answer)

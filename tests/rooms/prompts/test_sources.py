@@ -1,8 +1,6 @@
 """Reading prompts: formats, conventions, presets, and errors in words."""
 
 import json
-import sys
-import types
 
 import datasets
 import pyarrow as pa
@@ -13,6 +11,7 @@ from hypothesis import strategies as st
 
 from surpass.prompts.sources import DataError, MissingSourceError, load_prompts
 from surpass.records import Prompt
+from surpass.tasks import task_prompts
 
 
 def write(path, rows):
@@ -204,16 +203,8 @@ def test_unknown_names_are_refused(tmp_path):
         load_prompts(path, preset="gsm")
 
 
-def test_embedded_tasks_bring_their_verifier(monkeypatch):
-    calls = []
-
-    def task_prompts(name, count, seed, split):
-        calls.append((name, count, seed, split))
-        return [Prompt(id="0", messages="1+1=", answer="2", domain="sums")]
-
-    tasks = types.ModuleType("surpass.tasks")
-    tasks.task_prompts = task_prompts  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "surpass.tasks", tasks)
-    (prompt,) = load_prompts("embedded:addition", limit=5, seed=3, split="eval", domain="mine")
-    assert calls == [("addition", 5, 3, "eval")]
-    assert (prompt.domain, prompt.columns) == ("mine", {"verifier": "embedded:addition"})
+def test_embedded_tasks_bring_their_verifier():
+    made = load_prompts("embedded:sort", limit=5, seed=3, split="eval", domain="mine")
+    assert [p.id for p in made] == [p.id for p in task_prompts("sort", 5, 3, "eval")]
+    assert {(p.domain, p.columns["verifier"]) for p in made} == {("mine", "embedded:sort")}
+    assert {p.domain for p in load_prompts("embedded:sort+chain", limit=4)} == {"sort", "chain"}

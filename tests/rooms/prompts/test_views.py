@@ -1,11 +1,20 @@
 """Views: what a role reads in place of the student's prompt."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from surpass.prompts.views import NO_CRITIQUE, View
 from surpass.records import Prompt
+
+
+def turns(view: View, prompt: Prompt, *context: str) -> tuple[dict[str, Any], ...]:
+    messages = view.prompt_for(prompt, *context)
+    assert not isinstance(messages, str)
+    return messages
+
 
 SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+2?"}
 SECRETS = {
@@ -20,7 +29,7 @@ PROMPT = Prompt(id="p", messages=(SYSTEM, USER), answer="GOLD", privileged=SECRE
 
 @pytest.mark.parametrize("kind", ["solution", "hint", "demonstration"])
 def test_one_user_turn_with_problem_and_secret(kind):
-    system, turn = View(kind).prompt_for(PROMPT)
+    system, turn = turns(View(kind), PROMPT)
     assert system == SYSTEM
     assert turn["role"] == "user"
     assert turn["content"].index("What is 2+2?") < turn["content"].index(SECRETS[kind])
@@ -34,13 +43,13 @@ def test_plain_views_read_the_prompt_as_it_is(kind):
 
 
 def test_critique_is_a_conversation_about_the_students_own_answer():
-    system, problem, answer, request = View("critique").prompt_for(PROMPT, "It is 5.", "5 is wrong")
+    system, problem, answer, request = turns(View("critique"), PROMPT, "It is 5.", "5 is wrong")
     assert (system, problem) == (SYSTEM, USER)
     assert answer == {"role": "assistant", "content": "It is 5."}
     assert request["content"].startswith("5 is wrong")
-    assert View("critique").prompt_for(PROMPT, "x")[-1]["content"].startswith("stored critique")
+    assert turns(View("critique"), PROMPT, "x")[-1]["content"].startswith("stored critique")
     bare = Prompt(id="p", messages=(USER,))
-    assert View("critique").prompt_for(bare, "x")[-1]["content"].startswith(NO_CRITIQUE)
+    assert turns(View("critique"), bare, "x")[-1]["content"].startswith(NO_CRITIQUE)
     with pytest.raises(ValueError, match="prompt 'p' needs the student's answer"):
         View("critique").prompt_for(PROMPT)
 
@@ -67,7 +76,7 @@ def test_missing_secret_names_prompt_and_field():
 
 
 def test_another_field_can_be_read():
-    assert "a tip" in View("hint", field="privileged_context").prompt_for(PROMPT)[-1]["content"]
+    assert "a tip" in turns(View("hint", field="privileged_context"), PROMPT)[-1]["content"]
 
 
 def test_unusable_views_are_refused():

@@ -1,10 +1,11 @@
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
-from world import V, distributions, policy, prompts, rollouts, world
+from world import V, distributions, policy, prompts, rollouts, world  # pyright: ignore[reportMissingImports]
 
 from surpass.learn import targets
 from surpass.learn.divergence import Divergence, reverse_kl
@@ -17,7 +18,7 @@ from surpass.roles.scoring import Want
 
 TEXTS = [[0, 1, 3], [2], [1, 0, 0], [3], [2, 2]]
 DOMAINS = ["math", "code", "code", "math", "math"]
-SAME = {"rtol": 1e-4, "atol": 1e-5}
+SAME: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def wide(seed: int, hidden: int = 12, vocabulary: int = V) -> Policy:

@@ -1,10 +1,11 @@
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from world import V, distributions, policy, prompts, rollouts, world
+from world import V, distributions, policy, prompts, rollouts, world  # pyright: ignore[reportMissingImports]
 
 from surpass.models.policy import Lora, Policy, add_lora
 from surpass.records import Prompt, Rollouts, Scores
@@ -14,7 +15,7 @@ from surpass.roles.scoring import Want, merge, score
 TEXTS = [[0, 1, 3], [2], [1, 0, 0, 2, 1, 3], [], [3], [2, 2]]
 EVERYTHING = Want(logp=True, entropy=True, top_k=2, hidden=True)
 # Float32 forwards of other paddings and batch sizes.
-SAME = {"rtol": 1e-4, "atol": 1e-5}
+SAME: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def batch() -> Rollouts:
@@ -101,6 +102,18 @@ def test_rows_selected_after_scoring_keep_their_scores():
     scored = batch().with_(scores={"teacher": ask(role, budget=7)}).select(rows)
     fresh = score(role, batch().select(rows), EVERYTHING, temperature=1.0, token_budget=10_000)
     assert_same(scored.scores["teacher"], fresh)
+
+
+def test_a_token_the_role_does_not_have_is_an_error_in_words():
+    with pytest.raises(ValueError, match=r"'small' has a vocabulary of 3 tokens and is asked about token 3"):
+        ask(Role("small", policy(1, vocabulary=3)))
+    with pytest.raises(ValueError, match="asked about token 9"):
+        ask(Role("teacher", policy(1)), support=torch.full((13, 1), 9))
+
+
+def test_a_top_k_beyond_the_vocabulary_is_an_error_in_words():
+    with pytest.raises(ValueError, match=r"at most 4"):
+        ask(Role("teacher", policy(1)), Want(top_k=5))
 
 
 # -- the adapter ------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from world import policy
+from world import policy  # pyright: ignore[reportMissingImports]
 
 from surpass.models.policy import Policy
 from surpass.roles.role import snapshot

@@ -1,7 +1,7 @@
 import dataclasses
 
 import pytest
-from world import policy, prompts, rollouts, world
+from world import policy, prompts, rollouts, world  # pyright: ignore[reportMissingImports]
 
 from surpass.roles.role import Role, route
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from world import policy
+from world import policy  # pyright: ignore[reportMissingImports]
 
 from surpass.learn.head import Head
 from surpass.learn.targets import log_linear

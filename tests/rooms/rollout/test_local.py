@@ -274,7 +274,7 @@ def test_training_mode_comes_back_and_gradients_do_not_leak() -> None:
     writer = policy()
     writer.model.train()
     writer.causal_lm.gradient_checkpointing_enable()
-    writer.causal_lm.base_model.layers[1].eval()
+    writer.causal_lm.base_model.get_submodule("layers.1").eval()
     before = [module.training for module in writer.model.modules()]
     calls: list[int] = []
     hook = writer.causal_lm.base_model.register_forward_pre_hook(
