@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures: versions, machine and command; and how a table is printed."""
+"""What stands beside every figure (versions, machine, command), how results are compared and tables printed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "trl", "liger_kernel")
@@ -37,6 +39,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in [header, *rows]]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Largest difference of each tensor, relative to the largest entry that was expected."""
+    return [float((f - e).abs().max() / e.abs().max()) for f, e in zip(found, expected)]
 
 
 def _processor() -> str:

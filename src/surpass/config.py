@@ -20,8 +20,8 @@ class ModelConfig:
     """Precision of teachers and references; None: the student's."""
     device: str = "cpu"
     """Where models live: `cpu`, `cuda`, `cuda:1`."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation of transformers; `auto`: the one it chooses for the architecture."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time. Rollouts keep their KV cache."""
     trust_remote_code: bool = False
@@ -79,6 +79,8 @@ class RolloutConfig:
     """Texts that end an answer."""
     max_rows: int = 512
     """Sequences decoded side by side."""
+    max_tokens: int | None = None
+    """Most tokens the key/value cache holds; null: as many as `max_rows` sequences need. Bounds memory, not answers."""
 
 
 @dataclass

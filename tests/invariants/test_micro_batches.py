@@ -68,7 +68,10 @@ class Judge:
 
     rewards: tuple[float, ...] = (1.0, 0.0, 0.5, 1.0, math.nan, 0.0, 1.0, 0.25)
 
-    def __call__(self, prompts: tuple[Prompt, ...], completions: list[str]) -> Verdict:
+    def __call__(
+        self, prompts: tuple[Prompt, ...], completions: list[str], completion_ids: object = None
+    ) -> Verdict:
+        del completion_ids
         del prompts, completions
         return Verdict(torch.tensor(self.rewards), {}, {})
 

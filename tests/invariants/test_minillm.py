@@ -122,7 +122,7 @@ def test_mixed_answers_end_and_depend_on_their_seed_alone():
     run = world.world(sampling=Sampling(max_new_tokens=4))
     prompts = world.prompts(3)
     batch = run.generate_mixed(prompts, 2, 0.3)
-    alone = run.generate_mixed(prompts[2:], 2, 0.3)
+    alone = world.world(sampling=Sampling(max_new_tokens=4)).generate_mixed(prompts[2:], 2, 0.3)
     assert batch.response.tolist()[4:] == alone.response.tolist()
     assert batch.group.tolist() == [0, 0, 1, 1, 2, 2]
     for ids, reason in zip(batch.response.tolist(), batch.finish.tolist(), strict=True):

@@ -116,7 +116,10 @@ class Verifier:
 
     reward: Callable[[str], float]
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Verdict:
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], completion_ids: object = None
+    ) -> Verdict:
+        del completion_ids
         del prompts
         reward = torch.tensor([self.reward(text) for text in completions])
         return Verdict(reward, {"verifier": reward}, {})

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     with display(Console(stderr=True)) as progress:
         task = progress.add_task("answering", total=len(prompts) * config.eval.samples, figures="")
         result = evaluate(
-            LocalEngine(policy, max_rows=config.rollout.max_rows),
+            LocalEngine(policy, max_rows=config.rollout.max_rows, max_tokens=config.rollout.max_tokens),
             prompts,
             Ragged.from_list(ids),
             judge,

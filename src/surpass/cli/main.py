@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        if not _for_users(error):
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        if not (_for_users(error) or isinstance(error, OSError)):
             raise
         print(f"surpass {command}: {error}", file=sys.stderr)
         return 1

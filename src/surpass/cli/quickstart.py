@@ -39,7 +39,7 @@ from surpass.report.tables import results_table
 from surpass.roles.weight_space import average, expo
 from surpass.rollout.engine import Sampling
 from surpass.rollout.local import LocalEngine
-from surpass.tasks import TASKS, task_prompts
+from surpass.tasks import task_prompts
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class Recipe:
     max_new_tokens: int = 12
     slip: float = 0.07
     """Share of characters of the base's training answers that are replaced: a base that knows the tasks but slips."""
-    base_examples: int = 12_000
+    base_examples: int = 38_400
     base_batch: int = 96
     base_rate: float = 3e-3
-    expert_steps: int = 30
-    expert_prompts: int = 16
+    expert_steps: int = 40
+    expert_prompts: int = 32
     expert_samples: int = 8
-    expert_rate: float = 5e-4
-    merge_steps: int = 100
+    expert_rate: float = 2e-4
+    merge_steps: int = 150
     merge_prompts: int = 64
-    merge_rate: float = 5e-4
+    merge_rate: float = 1e-3
     scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
     """The sweep over lambda; 1 is OPD."""
     extrapolation: float = 1.5
@@ -78,8 +78,15 @@ def main(arguments: list[str]) -> int:
         prog="surpass quickstart",
         description="Experts by RL, merged on-policy into one student that outgrows them. Needs no download.",
     )
-    parser.add_argument("--seeds", type=int, default=1, help="repeat the whole experiment this many times and report the spread")
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder of results, runs and report")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        help="repeat the whole experiment this many times and report the spread",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/quickstart"), help="folder of results, runs and report"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     given = parser.parse_args(arguments)
     if given.seeds < 1:
@@ -102,7 +109,12 @@ def quickstart(recipe: Recipe, folder: Path, seeds: int, threads: int, console: 
     report = write_quickstart_report(folder, results, runs)
     out = Console()
     out.print(results_table(results))
-    out.print(f"results  {folder / 'results.json'}\nreport   {report}", markup=False, highlight=False, soft_wrap=True)
+    out.print(
+        f"results  {folder / 'results.json'}\nreport   {report}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     return report
 
 
@@ -122,11 +134,18 @@ def experiment(recipe: Recipe, folder: Path, seed: int, console: Console) -> Mea
     total = 2 + 2 * len(domains) + 2 * len(recipe.scales) + 2
     stages = Stages(folder, total, console, f"seed {seed}")
 
-    blank = stages.make("blank", Stage({"hidden": recipe.hidden, "layers": recipe.layers, "seed": seed}), lambda out: save_tiny(
-        out, "qwen3", char_tokenizer(), hidden=recipe.hidden, layers=recipe.layers, seed=seed))
+    blank = stages.make(
+        "blank",
+        Stage({"hidden": recipe.hidden, "layers": recipe.layers, "seed": seed}),
+        lambda out: save_tiny(
+            out, "qwen3", char_tokenizer(), hidden=recipe.hidden, layers=recipe.layers, seed=seed
+        ),
+    )
     data = folder / "base_answers.jsonl"
     write_slipping_answers(recipe, data, seed)
-    base = stages.train("base", run_config(recipe, seed, blank, str(data), "base"), SFT(reduction="token_mean"))
+    base = stages.train(
+        "base", run_config(recipe, seed, blank, str(data), "base"), SFT(reduction="token_mean")
+    )
 
     experts = {
         domain: stages.train(
@@ -142,19 +161,28 @@ def experiment(recipe: Recipe, folder: Path, seed: int, console: Console) -> Mea
         config = run_config(recipe, seed, base, "embedded:" + "+".join(domains), "merge")
         config.teachers = {domain: str(path) for domain, path in experts.items()}
         merged[scale] = stages.train("OPD" if scale == 1.0 else f"ExOPD-{scale:g}", config, method)
-    weights = {name: load_file(path / "model.safetensors") for name, path in [("base", base), *experts.items()]}
+    weights = {
+        name: load_file(path / "model.safetensors") for name, path in [("base", base), *experts.items()]
+    }
     combined = {
         "average": average([weights[d] for d in domains]),
         "ExPO": expo([weights[d] for d in domains], weights["base"], recipe.expo_alpha),
     }
     models = {"base": base, **{f"expert-{d}": path for d, path in experts.items()}}
     for name, tensors in combined.items():
-        key = Stage({"of": [stages.fingerprint(p) for p in (base, *experts.values())], "alpha": recipe.expo_alpha})
+        key = Stage(
+            {"of": [stages.fingerprint(p) for p in (base, *experts.values())], "alpha": recipe.expo_alpha}
+        )
         models[name] = stages.make(name, key, lambda out, tensors=tensors: save_weights(base, tensors, out))
     models |= {"OPD": merged[1.0], "ExOPD": merged[recipe.extrapolation]}
-    evaluations = {name: stages.evaluate(name, path, lambda p: measure(recipe, p, seed)) for name, path in models.items()}
+    evaluations = {
+        name: stages.evaluate(name, path, lambda p: measure(recipe, p, seed)) for name, path in models.items()
+    }
     sweep = {
-        scale: evaluations["OPD"] if scale == 1.0 else evaluations["ExOPD"] if f"ExOPD-{scale:g}" == named
+        scale: evaluations["OPD"]
+        if scale == 1.0
+        else evaluations["ExOPD"]
+        if f"ExOPD-{scale:g}" == named
         else stages.evaluate(f"ExOPD-{scale:g}", path, lambda p: measure(recipe, p, seed))
         for scale, path in merged.items()
     }
@@ -169,8 +197,20 @@ def write_slipping_answers(recipe: Recipe, path: Path, seed: int) -> None:
     rng = random.Random(f"slips/{seed}")
     with path.open("w") as file:
         for prompt in task_prompts("+".join(recipe.domains), recipe.base_examples, seed):
-            answer = "".join(rng.choice("0123456789") if rng.random() < recipe.slip else c for c in str(prompt.answer))
-            file.write(json.dumps({"id": prompt.id, "prompt": list(prompt.messages), "completion": answer, "domain": prompt.domain}) + "\n")
+            answer = "".join(
+                rng.choice("0123456789") if rng.random() < recipe.slip else c for c in str(prompt.answer)
+            )
+            file.write(
+                json.dumps(
+                    {
+                        "id": prompt.id,
+                        "prompt": list(prompt.messages),
+                        "completion": answer,
+                        "domain": prompt.domain,
+                    }
+                )
+                + "\n"
+            )
 
 
 def run_config(recipe: Recipe, seed: int, student: Path, prompts: str, stage: str) -> RunConfig:
@@ -188,15 +228,21 @@ def run_config(recipe: Recipe, seed: int, student: Path, prompts: str, stage: st
         model=ModelConfig(),
         data=DataConfig(limit=None if stage == "base" else 4096),
         rollout=RolloutConfig(max_new_tokens=recipe.max_new_tokens, max_rows=1024),
-        optimiser=OptimiserConfig(learning_rate=rate, schedule=schedule, warmup_steps=min(10, steps), beta2=0.95),
-        train=TrainConfig(steps=steps, prompts_per_step=count, sample_every=max(1, steps // 4), samples_kept=6),
+        optimiser=OptimiserConfig(
+            learning_rate=rate, schedule=schedule, warmup_steps=min(10, steps), beta2=0.95
+        ),
+        train=TrainConfig(
+            steps=steps, prompts_per_step=count, sample_every=max(1, steps // 4), samples_kept=6
+        ),
     )
 
 
 def measure(recipe: Recipe, path: Path, seed: int) -> Evaluation:
     """pass@1 and pass@8 on held-out problems of every domain; the same problems and random numbers for all models."""
     policy = load_policy(str(path))
-    prompts = task_prompts("+".join(recipe.domains), recipe.eval_prompts * len(recipe.domains), 1_000 + seed, "eval")
+    prompts = task_prompts(
+        "+".join(recipe.domains), recipe.eval_prompts * len(recipe.domains), 1_000 + seed, "eval"
+    )
     prompts = list({str(p.messages): p for p in prompts}.values())
     judge = build_judge(prompts, verifier_for(prompts))
     ids = Ragged.from_list([render(p, policy.tokenizer) for p in prompts])
@@ -227,11 +273,21 @@ def summary(recipe: Recipe, measured: list[Measured]) -> dict[str, Any]:
     for name in measured[0].models:
         for domain in recipe.domains:
             row = pooled_row([m.models[name].domains[domain] for m in measured], recipe.eval_samples)
-            spent = {f"tokens_{k}": round(sum(m.tokens[name][k] for m in measured) / len(measured)) for k in ("generated", "trained")}
+            spent = {
+                f"tokens_{k}": round(sum(m.tokens[name][k] for m in measured) / len(measured))
+                for k in ("generated", "trained")
+            }
             rows.append({"model": name, "domain": domain, **row, **spent})
     sweep = []
     for scale in recipe.scales:
         for domain in recipe.domains:
             row = pooled_row([m.sweep[scale].domains[domain] for m in measured], recipe.eval_samples)
-            sweep.append({"lambda": scale, "domain": domain, **{k: row[k] for k in ("pass@1", "low", "high")}})
-    return {"seeds": [m.seed for m in measured], "extrapolation": recipe.extrapolation, "rows": rows, "sweep": sweep}
+            sweep.append(
+                {"lambda": scale, "domain": domain, **{k: row[k] for k in ("pass@1", "low", "high")}}
+            )
+    return {
+        "seeds": [m.seed for m in measured],
+        "extrapolation": recipe.extrapolation,
+        "rows": rows,
+        "sweep": sweep,
+    }

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import surpass
 from rich.console import Console
 
+import surpass
 from surpass.config import RunConfig
 from surpass.evaluate.summary import Evaluation
 from surpass.methods.base import Method

@@ -9,8 +9,9 @@ the context, which comes with the prompt (`solution`, `critique`, ... columns).
 Source: arXiv 2602.12125 and its code (lambda = 1, 8 answers to each prompt, learning rate 1e-5, batches of 128). The
 authors found that a moving average of the student in the teacher's place collapses, so the teacher stays frozen. Its
 third mode, the teacher's own chat template, concerns another model as teacher: that is `opd` with
-`data.teacher_template own`. There an external model writes a critique of every answer at temperature 0; here a critique
-that is not feedback on this answer or stored with the prompt is replaced by a request to go over the answer again.
+`data.teacher_template own`. There an external model writes a critique of every answer at temperature 0; here the run's
+critic does where it has one (embedded tasks do), else the prompt's own `critique` column serves, else a request to go over
+the answer again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Literal
 
 from surpass.methods.base import RoleSpec
 from surpass.methods.opd import OPD
+from surpass.methods.run import Run
+from surpass.records import Prompt, Rollouts
 
 
 @dataclass(kw_only=True)
@@ -33,3 +36,9 @@ class ContextDistillation(OPD):
 
     def roles(self) -> dict[str, RoleSpec]:
         return {"teacher": RoleSpec("initial", view=self.context)}
+
+    def collect(self, run: Run, prompts: list[Prompt]) -> Rollouts:
+        rollouts = run.generate(prompts, self.samples)
+        if self.context == "critique":
+            rollouts = run.feedback(rollouts)
+        return self.score(run, rollouts)

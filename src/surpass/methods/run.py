@@ -21,7 +21,7 @@ from surpass.records import Author, Finish, Prompt, Ragged, Rollouts, Scores
 from surpass.roles.distribution import blocks
 from surpass.roles.role import Role, route
 from surpass.roles.scoring import Want, merge, score
-from surpass.roles.sync import Live
+from surpass.roles.sync import Frozen, Live
 from surpass.rollout.engine import Completions, Engine, Sampling
 from surpass.rollout.mixture import generate_mixed
 from surpass.rollout.sampling import sequence_seed
@@ -35,7 +35,8 @@ class Run:
 
     teachers: by domain (`default` alone: one for all). temperature: of the loss. off_policy: the batch is used for
     more than one optimiser update, so the log-probs of the weights before the first one are needed.
-    tokens: how many tokens were generated, scored and trained so far.
+    tokens: how many tokens were generated, scored and trained so far. critic: says in words what is wrong with an
+    answer. rendered: token ids of prompts by id, so that each is rendered once.
     """
 
     student: Policy
@@ -58,16 +59,31 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     engine_for: Callable[[Policy], Engine] | None = None
     progress: Callable[[int, int], None] | None = None
+    critic: Callable[[Prompt, str], str] | None = None
+    rendered: dict[str, list[int]] = field(default_factory=dict)
     _engines: dict[str, Engine] = field(default_factory=dict)
+    _asked: Counter[str] = field(default_factory=Counter)
+    _asked_in: int = -1
 
     # -- who writes -------------------------------------------------------------------------------------------------
 
     def prompt_ids(self, prompts: Sequence[Prompt]) -> Ragged:
         """Token ids of the prompts as the student reads them."""
-        return Ragged.from_list(
-            [render(p, self.student.tokenizer, template_args=self.template_args) for p in prompts],
-            torch.int64,
-        )
+        for p in prompts:
+            if p.id not in self.rendered:
+                self.rendered[p.id] = render(p, self.student.tokenizer, template_args=self.template_args)
+        return Ragged.from_list([self.rendered[p.id] for p in prompts], torch.int64)
+
+    def seeds(self, prompts: Sequence[Prompt], samples: int, who: str = "") -> Tensor:
+        """`[P * samples]` seeds from (run, step, prompt, sample). A prompt asked again within a step goes on counting."""
+        if self._asked_in != self.step:
+            self._asked, self._asked_in = Counter(), self.step
+        seeds = []
+        for p in prompts:
+            first = self._asked[who + p.id]
+            self._asked[who + p.id] += samples
+            seeds += [sequence_seed(self.seed, self.step, who + p.id, first + i) for i in range(samples)]
+        return torch.tensor(seeds)
 
     def generate(self, prompts: Sequence[Prompt], samples: int = 1, role: Role | None = None) -> Rollouts:
         """`samples` answers to each prompt by the student, or by a role that reads the prompt in its own view.
@@ -80,9 +96,8 @@ class Run:
         if role is not None:
             engine, author = self._engine_of(role), Author.TEACHER
             reads = role.prompt_ids(_unanswered(prompts, context))
-        who = "" if role is None else role.name
-        seeds = [sequence_seed(self.seed, self.step, who + p.id, i) for p in prompts for i in range(samples)]
-        written = engine.generate(reads, samples, self.sampling, torch.tensor(seeds), self.progress)
+        seeds = self.seeds(prompts, samples, "" if role is None else role.name)
+        written = engine.generate(reads, samples, self.sampling, seeds, self.progress)
         return self._rollouts(prompts, context, samples, written, author)
 
     def generate_mixed(self, prompts: Sequence[Prompt], samples: int, teacher_share: float) -> Rollouts:
@@ -94,7 +109,6 @@ class Run:
         def write(chosen: Sequence[Prompt], teacher: Role) -> Rollouts:
             context = self.prompt_ids(chosen)
             reads = teacher.prompt_ids(_unanswered(chosen, context))
-            seeds = [sequence_seed(self.seed, self.step, p.id, i) for p in chosen for i in range(samples)]
             written = generate_mixed(
                 self.student,
                 teacher.policy,
@@ -103,7 +117,7 @@ class Run:
                 reads,
                 samples,
                 self.sampling,
-                torch.tensor(seeds),
+                self.seeds(chosen, samples),
                 version=self.updates,
                 progress=self.progress,
             )
@@ -191,9 +205,17 @@ class Run:
         if self.judge is None:
             raise ValueError("this method needs rewards: set judge.verifier or judge.rewards")
         texts = self.student.tokenizer.batch_decode(rollouts.response.tolist(), skip_special_tokens=True)
-        verdict = self.judge(rollouts.prompts, texts)
+        verdict = self.judge(rollouts.prompts, texts, completion_ids=rollouts.response.tolist())
         self.metrics.update(verdict.metrics)
         return rollouts.with_(reward=verdict.reward, components=verdict.components)
+
+    def feedback(self, rollouts: Rollouts) -> Rollouts:
+        """Adds what the critic says of every answer; unchanged where the run has no critic."""
+        if self.critic is None:
+            return rollouts
+        texts = self.student.tokenizer.batch_decode(rollouts.response.tolist(), skip_special_tokens=True)
+        notes = [self.critic(prompt, str(text)) for prompt, text in zip(rollouts.prompts, texts, strict=True)]
+        return rollouts.with_(feedback=tuple(notes))
 
     # -- what the others would have said ----------------------------------------------------------------------------
 
@@ -225,6 +247,11 @@ class Run:
         return min([self.student.vocabulary, *(role.policy.vocabulary for role in roles)])
 
     def _score(self, role: Role, rollouts: Rollouts, want: Want, support: Tensor | None) -> Scores:
+        if want.hidden and self.off_policy and not isinstance(role.sync, Frozen):
+            raise ValueError(
+                f"role {role.name!r} moves with every update, so its stored hidden states would be read with a later head; "
+                "use one update per batch (train.epochs 1, train.minibatches 1), a frozen role, or estimator sampled"
+            )
         self.tokens["scored"] += len(rollouts.response.values)
         return score(
             role,

@@ -106,7 +106,7 @@ def load_policy(
     *,
     dtype: Dtype = "float32",
     device: str = "cpu",
-    attention: str = "sdpa",
+    attention: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Policy:
@@ -119,11 +119,11 @@ def load_policy(
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
         )
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention,
+            attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError) as error:

@@ -20,7 +20,8 @@ class LocalEngine:
     """Writes with a policy's own weights through its plain forward.
 
     max_rows: most sequences decoded at once. max_tokens: most tokens the key/value cache may hold, which
-    bounds its memory; rows are taken away where the longest prompt plus response needs it (None: no bound).
+    bounds its memory (one prompt besides); rows are taken away where the longest prompt plus response needs it
+    (None: no bound).
     prefill_tokens: most prompt tokens read by one forward, padding included.
     Raises ValueError for a model that cannot be decoded with such a cache.
     """

@@ -6,12 +6,12 @@ import difflib
 
 from surpass.records import Prompt
 from surpass.tasks.chain import CHAIN
-from surpass.tasks.digits import MISSING, SORT
+from surpass.tasks.digits import MISSING, SORT, SUMS
 from surpass.tasks.lookup import LOOKUP
 from surpass.tasks.task import Task, critique, final_line, make_prompt
 from surpass.tasks.task import verify as verify_prompt
 
-TASKS: dict[str, Task] = {task.name: task for task in (SORT, MISSING, CHAIN, LOOKUP)}
+TASKS: dict[str, Task] = {task.name: task for task in (SORT, SUMS, MISSING, CHAIN, LOOKUP)}
 
 __all__ = ["TASKS", "Task", "critique", "final_line", "make_prompt", "task_named", "task_prompts", "verify"]
 

@@ -1,9 +1,10 @@
-"""A key-value table and an expression over it: the answer needs a look-up for every name, then arithmetic."""
+"""A key-value table and a sum over it: the answer needs a look-up for every name, then a calculation."""
 
 from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 
 from surpass.tasks.task import Problem, Task
 
@@ -17,7 +18,7 @@ def _draw(rng: random.Random, difficulty: int) -> Problem:
     rows = ", ".join(f"{name}={value}" for name, value in table.items())
     total = sum(table[name] for name in asked)
     steps = [f"lookup({name}) -> {table[name]}" for name in asked]
-    steps.append(f"calc({' + '.join(str(table[n]) for n in asked)}) -> {total}")
+    steps.append(f"calc({' + '.join(str(table[name]) for name in asked)}) -> {total}")
     return Problem(
         f"table: {rows}. what is {' + '.join(asked)}?",
         str(total),
@@ -27,12 +28,28 @@ def _draw(rng: random.Random, difficulty: int) -> Problem:
 
 
 def _first_wrong(question: str, answer: str, completion: str) -> str | None:
-    """Checks every `lookup(name) -> value` against the table, then the calculation."""
+    """Follows the calls a completion writes: look-ups in any order, then the calculation."""
     table = dict(re.findall(r"(\w)=(\d+)", question))
-    for i, (name, value) in enumerate(re.findall(r"lookup\((\w)\) -> (\d+)", completion), start=1):
-        if table.get(name) != value:
-            return f"Step {i} is wrong: lookup({name}) gives {table.get(name, 'no such name')}, not {value}."
-    return f"The final value should be {answer}."
+    needed = question.rpartition("what is ")[2].removesuffix("?").split(" + ")
+    calls = re.findall(r"(lookup|calc)\((.*?)\) *-> *(-?\w+)", completion)
+    looked_up = set()
+    for i, (call, argument, result) in enumerate(calls, start=1):
+        if call == "lookup":
+            right = table.get(argument, "no such name")
+            looked_up.add(argument)
+        else:
+            numbers = re.findall(r"\d+", argument)
+            if missing := [name for name in needed if name not in looked_up]:
+                return f"Step {i} comes too early: {missing[0]} has not been looked up."
+            if Counter(numbers) != Counter(table[name] for name in needed):
+                wanted = " + ".join(table[name] for name in needed)
+                return f"Step {i} is wrong: it should be calc({wanted}), not calc({argument})."
+            right = str(sum(map(int, numbers)))
+        if result != right:
+            return f"Step {i} is wrong: {call}({argument}) gives {right}, not {result}."
+    if calls and (missing := [name for name in needed if name not in looked_up]):
+        return f"Step {len(calls) + 1} is missing: {missing[0]} has not been looked up."
+    return f"The last line should be the final value, {answer}, alone."
 
 
 LOOKUP = Task("lookup", "look names up in a table and add their values", _draw, _first_wrong)

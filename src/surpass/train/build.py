@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from surpass.config import RunConfig
 from surpass.judge.build import build_judge
@@ -18,11 +18,12 @@ from surpass.prompts.sources import load_prompts
 from surpass.prompts.stream import PromptStream
 from surpass.prompts.templates import check_same_template, render
 from surpass.prompts.views import View
-from surpass.records import Prompt
+from surpass.records import Prompt, Ragged
 from surpass.roles.role import Role, snapshot
 from surpass.roles.sync import CopyEvery, Ema, Frozen, Live, Sync
 from surpass.rollout.engine import Engine, Sampling
 from surpass.rollout.local import LocalEngine
+from surpass.tasks import critique, task_named
 
 
 def check_config(config: RunConfig, method: Method) -> None:
@@ -31,6 +32,11 @@ def check_config(config: RunConfig, method: Method) -> None:
     if config.teacher and config.teachers:
         raise ValueError(
             "give either --teacher (one for all prompts) or --teachers.DOMAIN (one per domain), not both"
+        )
+    if "teacher" in method.roles() and (config.teacher or config.teachers):
+        raise ValueError(
+            "this method makes its teacher of the student itself, so --teacher and --teachers would have no effect; leave "
+            "them out, or choose a method that reads them (opd, exopd)"
         )
     if needs.teacher and not (config.teacher or config.teachers or "teacher" in method.roles()):
         raise ValueError("this method needs a teacher: --teacher PATH, or --teachers.DOMAIN PATH for several")
@@ -60,10 +66,11 @@ def check_config(config: RunConfig, method: Method) -> None:
 
 @dataclass
 class Built:
-    """A run ready to start. notes: what was decided or dropped on the way, for the log."""
+    """A run ready to start. eval_ids: the held-out prompts as the student reads them. notes: what was decided or dropped on the way, for the log."""
 
     run: Run
     eval_prompts: list[Prompt]
+    eval_ids: Ragged
     judge: Judge | None
     notes: list[str] = field(default_factory=list)
 
@@ -91,7 +98,7 @@ def build(config: RunConfig, method: Method) -> Built:
     student = _load_student(config)
     needs = method.needs()
     prompts = read_prompts(config, config.prompts, config.data.split, config.data.limit)
-    prompts = _fit(prompts, student, config, notes)
+    prompts, rendered = _fit(prompts, student, config, notes)
     teachers = {}
     if needs.teacher and "teacher" not in method.roles():
         paths = {"default": config.teacher} if config.teacher else config.teachers
@@ -119,7 +126,7 @@ def build(config: RunConfig, method: Method) -> Built:
     judge = make_judge(config, prompts) if needs.reward else None
 
     def engine_for(policy: Policy) -> Engine:
-        return LocalEngine(policy, max_rows=config.rollout.max_rows)
+        return LocalEngine(policy, max_rows=config.rollout.max_rows, max_tokens=config.rollout.max_tokens)
 
     run = Run(
         student=student,
@@ -139,14 +146,20 @@ def build(config: RunConfig, method: Method) -> Built:
         off_policy=config.train.epochs * config.train.minibatches > 1,
         steps=config.train.steps,
         engine_for=engine_for,
+        critic=_critic if all(_task_of(p) for p in prompts) else None,
+        rendered=rendered,
     )
+    if judge is not None:
+        judge.start()  # workers come up while the first answers are written
     eval_prompts: list[Prompt] = []
+    eval_rendered: dict[str, list[int]] = {}
     eval_judge = judge
     if config.eval.prompts:
         eval_prompts = read_prompts(config, config.eval.prompts, config.eval.split, config.eval.limit)
-        eval_prompts = _fit(eval_prompts, student, config, notes)
+        eval_prompts, eval_rendered = _fit(eval_prompts, student, config, notes)
         eval_judge = make_judge(config, eval_prompts)
-    return Built(run, eval_prompts, eval_judge, notes)
+    eval_ids = Ragged.from_list([eval_rendered[p.id] for p in eval_prompts])
+    return Built(run, eval_prompts, eval_ids, eval_judge, notes)
 
 
 def make_sampling(config: RunConfig) -> Sampling:
@@ -168,7 +181,7 @@ def read_prompts(
 ) -> list[Prompt]:
     """All prompts of one source, or of one per domain."""
     sources = source if isinstance(source, dict) else {"": source}
-    return [
+    prompts = [
         prompt
         for domain, path in sources.items()
         for prompt in load_prompts(
@@ -181,6 +194,9 @@ def read_prompts(
             seed=config.seed,
         )
     ]
+    if len({p.id for p in prompts}) < len(prompts):  # ids are unique within a source, not across several
+        prompts = [replace(p, id=f"{p.domain}/{p.id}") for p in prompts]
+    return prompts
 
 
 def verifiers_of(config: RunConfig, prompts: list[Prompt]) -> dict[str, str]:
@@ -228,8 +244,10 @@ def _load_student(config: RunConfig) -> Policy:
     return add_lora(policy, settings.lora)
 
 
-def _fit(prompts: list[Prompt], student: Policy, config: RunConfig, notes: list[str]) -> list[Prompt]:
-    """Prompts that leave room for an answer; dropped ones are counted in the notes."""
+def _fit(
+    prompts: list[Prompt], student: Policy, config: RunConfig, notes: list[str]
+) -> tuple[list[Prompt], dict[str, list[int]]]:
+    """Prompts that leave room for an answer, and their token ids by prompt id; dropped ones are counted in the notes."""
     room = student.max_length - config.rollout.max_new_tokens
     limit = min(config.data.max_prompt_tokens or room, room)
     if limit < 1:
@@ -241,7 +259,7 @@ def _fit(prompts: list[Prompt], student: Policy, config: RunConfig, notes: list[
     fitting = check_lengths(prompts, rendered, limit, config.data.overlong)
     if fitting.dropped:
         notes.append(str(fitting))
-    return fitting.prompts
+    return fitting.prompts, {p.id: ids for p, ids in zip(fitting.prompts, fitting.ids, strict=True)}
 
 
 def _teacher_view(config: RunConfig) -> View | None:
@@ -271,4 +289,17 @@ def _build_role(name: str, spec: RoleSpec, student: Policy, config: RunConfig) -
         sync = Ema(spec.keep)
     if spec.updates is not None:
         sync = CopyEvery(spec.updates)
-    return Role(name, snapshot(student), view, sync, template_args=template_args)
+    policy = snapshot(student)
+    if spec.keep is not None:
+        policy.model.float()  # in bfloat16 a small step of a moving average rounds to nothing
+    return Role(name, policy, view, sync, template_args=template_args)
+
+
+def _task_of(prompt: Prompt) -> str:
+    """Name of the embedded task a prompt was made by; empty for other prompts."""
+    return next((tag.removeprefix("embedded:") for tag in prompt.tags if tag.startswith("embedded:")), "")
+
+
+def _critic(prompt: Prompt, text: str) -> str:
+    """Embedded tasks say which step of an answer is wrong."""
+    return critique(task_named(_task_of(prompt)), prompt, text)

@@ -1,8 +1,8 @@
 """Checkpoints: everything a killed run needs to go on to the same weights, written atomically, nothing pickled.
 
 A checkpoint folder `step_000010` holds `model/` (Hugging Face format; loads directly in transformers and vLLM),
-`optimiser.safetensors`, `rng.safetensors`, `roles/NAME.safetensors` for roles whose weights move, `state.json` (counters, data position,
-method state) and, when it was taken inside a rollout batch, the batch itself.
+`optimiser.safetensors`, `rng.safetensors`, `roles/NAME.safetensors` for roles whose weights move, `state.json`
+(counters, data position, method state) and, when it was taken inside a rollout batch, the batch itself.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,39 +52,55 @@ def save_checkpoint(
 ) -> Path:
     """Write one checkpoint under `root` and remove all but the newest `keep`.
 
-    It is written beside its final name and renamed when whole, so an interruption or a full disk never harms an older
-    one. Raises CheckpointError when it cannot be written.
+    Raises CheckpointError when it cannot be written; older ones are then as they were.
     """
     suffix = f"_update_{position.update:04d}" if position.update else ""
     final = root / f"step_{position.step:06d}{suffix}"
-    unfinished = root / f".{final.name}.unfinished"
+    with _whole(final, root) as folder:
+        save_policy(policy, folder / "model")
+        _save_optimiser(optimiser, folder)
+        if roles:
+            (folder / "roles").mkdir()
+        for name, role in roles.items():
+            weights = {k: v.contiguous().clone() for k, v in role.model.state_dict().items()}
+            save_file(weights, folder / "roles" / f"{name}.safetensors")
+        if buffer is not None:
+            save_rollouts(buffer, folder)
+        (folder / "state.json").write_text(json.dumps(position.__dict__))
+    for old in checkpoints(root)[:-keep] if keep > 0 else []:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def save_model(policy: Policy, directory: Path, root: Path) -> Path:
+    """Write the finished model to `directory`. Raises CheckpointError, naming the newest checkpoint under `root`."""
+    with _whole(directory, root) as folder:
+        save_policy(policy, folder)
+    return directory
+
+
+@contextmanager
+def _whole(final: Path, root: Path) -> Iterator[Path]:
+    """A folder that is renamed to `final` once everything is in it, so that an interruption or a full disk harms nothing."""
+    unfinished = final.with_name(f".{final.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        save_policy(policy, unfinished / "model")
-        _save_optimiser(optimiser, unfinished)
-        if roles:
-            (unfinished / "roles").mkdir()
-        for name, role in roles.items():
-            weights = {k: v.contiguous().clone() for k, v in role.model.state_dict().items()}
-            save_file(weights, unfinished / "roles" / f"{name}.safetensors")
-        if buffer is not None:
-            save_rollouts(buffer, unfinished)
-        (unfinished / "state.json").write_text(json.dumps(position.__dict__))
+        yield unfinished
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # every library has its own exception for a disk that is full
         shutil.rmtree(unfinished, ignore_errors=True)
         older = latest_checkpoint(root)
         full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
         raise CheckpointError(
-            f"could not write checkpoint {final.name}: {'the disk is full' if full else error}. "
-            + (f"The previous one is whole: {older}. " if older else "There is no earlier one. ")
-            + "Free some space and resume with --resume."
+            f"could not write {final}: {'the disk is full' if full else error}. "
+            + (
+                f"The previous checkpoint is whole: {older}. Free some space and go on with --resume."
+                if older
+                else "There is no earlier checkpoint. Free some space and start again."
+            )
         ) from error
-    for old in checkpoints(root)[:-keep] if keep > 0 else []:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -127,14 +145,17 @@ def load_student(directory: Path, policy: Policy) -> None:
     stored = {}
     for part in sorted(directory.glob("*.safetensors")):
         stored.update(load_file(part))
-    missing, unexpected = policy.model.load_state_dict(stored, strict=False)
+    mine = policy.model.state_dict()
     tied = set(getattr(policy.causal_lm, "all_tied_weights_keys", None) or {})
-    lost = [name for name in missing if name not in tied]
-    if lost or unexpected:
+    missing = [name for name in mine if name not in stored and name not in tied]
+    unexpected = [name for name in stored if name not in mine]
+    reshaped = [name for name in stored if name in mine and stored[name].shape != mine[name].shape]
+    if missing or unexpected or reshaped:
         raise CheckpointError(
-            f"{directory} does not hold this student: missing {lost[:3]}, unexpected {list(unexpected)[:3]}; "
-            "was the run started from another architecture?"
+            f"{directory} does not hold this student: missing {missing[:3]}, unexpected {unexpected[:3]}, of another "
+            f"shape {reshaped[:3]}; the student's checkpoint is not the one the run was started from"
         )
+    policy.model.load_state_dict(stored, strict=False)
 
 
 def _save_optimiser(optimiser: torch.optim.Optimizer, directory: Path) -> None:

@@ -21,7 +21,7 @@ from surpass.config import RunConfig
 from surpass.evaluate.evaluation import evaluate
 from surpass.evaluate.summary import Evaluation
 from surpass.methods.base import Method
-from surpass.models.policy import save_policy
+from surpass.prompts.templates import template_fingerprint
 from surpass.records import Rollouts
 from surpass.roles.role import Role
 from surpass.roles.sync import Frozen
@@ -34,6 +34,7 @@ from surpass.train.checkpoint import (
     load_position,
     restore,
     save_checkpoint,
+    save_model,
 )
 from surpass.train.optimiser import learning_rate, make_optimiser, set_learning_rate
 from surpass.train.progress import Bar, training_bar
@@ -92,6 +93,7 @@ def train(
         method.load_state_dict(position.method)
         run.tokens.update(position.tokens)
         run.updates = position.updates
+        run.engine.update(run.updates)
         journal.rewind(position.updates, position.step)
         console.print(f"resumed from {checkpoint} at step {position.step} of {config.train.steps}")
     else:
@@ -100,10 +102,10 @@ def train(
     loop = _Loop(config, method, built, accelerator, optimiser, journal, position, buffer, moving, folder)
     with _signals(loop), bar(config.train.steps, method.__class__.__name__) as progress:
         loop.go(progress)
-    save_policy(run.student, folder / "model")
+    model = save_model(run.student, folder / "model", folder / "checkpoints")
     if config.train.trackers:
         accelerator.end_training()
-    return folder / "model"
+    return model
 
 
 class _Loop:
@@ -211,7 +213,7 @@ class _Loop:
         result = evaluate(
             run.engine,
             built.eval_prompts,
-            run.prompt_ids(built.eval_prompts),
+            built.eval_ids,
             built.judge,
             run.student.tokenizer,
             n=settings.samples,
@@ -250,7 +252,7 @@ class _Loop:
         raise Interrupted(128 + self.stop)
 
     def _save_bad_batch(self, batch: Rollouts) -> str:
-        where = self.folder / f"bad_batch_step_{self.run.step:06d}"
+        where = self.folder / f"bad_batch_step_{self.run.step + 1:06d}"
         where.mkdir(parents=True, exist_ok=True)
         save_rollouts(batch, where)
         return str(where)
@@ -347,6 +349,7 @@ def _describe(built: Built, settings: dict[str, Any], folder: Path, console: Con
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "first_prompt": text,
+        "template": template_fingerprint(run.student.tokenizer, run.template_args),
         "parameters": sum(p.numel() for p in run.student.model.parameters()),
         "trainable": sum(p.numel() for p in run.student.model.parameters() if p.requires_grad),
     }

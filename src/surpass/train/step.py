@@ -70,7 +70,7 @@ def update(
         where = on_non_finite(batch)
         optimiser.zero_grad(set_to_none=True)
         raise NonFiniteError(
-            f"step {run.step}, update {run.updates}: loss {loss_value} and gradient norm {grad_norm} are not finite. "
+            f"step {run.step + 1}, update {run.updates + 1}: loss {loss_value} and gradient norm {grad_norm} are not finite. "
             f"The weights were not changed and the batch was saved to {where}. Likely causes: a learning rate too high, "
             "float16 overflow (use bfloat16), or -inf scores of a role whose vocabulary differs."
         )
