@@ -126,7 +126,7 @@ def measure(name: str, tokens: int, vocabulary: int) -> dict[str, float]:
     return {
         "seconds": seconds,
         "megabytes": (peak - held) * (1024 if in_kilobytes else 1) / 1e6,
-        "loss": float(loss),
+        "loss": float(loss.detach()),
         "hidden gradient": float(hidden_gradient.norm()),
         "head gradient": float(weight_gradient.norm()),
     }

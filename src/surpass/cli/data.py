@@ -49,7 +49,10 @@ def main(arguments: list[str]) -> int:
 def show(arguments: list[str]) -> None:
     """Lengths and domains of all prompts, and the first few as text."""
     parser = ArgumentParser(
-        prog="surpass data show", description="Prompts as a model reads them.", exit_on_error=False
+        prog="surpass data show",
+        description="Prompts as a model reads them.",
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--student", type=str, required=True, help="checkpoint whose tokenizer is used")
     parser.add_argument(
@@ -66,7 +69,9 @@ def show(arguments: list[str]) -> None:
     rendered = [render(p, tokenizer, template_args=args) for p in prompts]
     console = Console()
     console.print(_domains(prompts, [len(ids) for ids in rendered]))
-    print(f"template {template_fingerprint(tokenizer, args)}; the model reads {reads} tokens, answer included")
+    print(
+        f"template {template_fingerprint(tokenizer, args)}; the model reads {reads} tokens, answer included"
+    )
     for prompt, ids in list(zip(prompts, rendered, strict=True))[: given.count]:
         console.rule(Text(f"{prompt.id} ({prompt.domain}): {len(ids)} tokens"), align="left")
         console.print(Text(str(tokenizer.decode(ids))))
@@ -74,7 +79,9 @@ def show(arguments: list[str]) -> None:
 
 def merge(arguments: list[str]) -> None:
     """The mean of the experts' weights, or with a base `mean + alpha * (mean - base)`."""
-    parser = argparse.ArgumentParser(prog="surpass data merge", description="Merge checkpoints by arithmetic.")
+    parser = argparse.ArgumentParser(
+        prog="surpass data merge", description="Merge checkpoints by arithmetic."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the merged checkpoint")
     parser.add_argument("--experts", nargs="+", required=True, help="checkpoints to average")
     parser.add_argument("--base", help="checkpoint they were trained from, to extrapolate away from")

@@ -19,7 +19,8 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 def run_parser(prog: str, description: str) -> ArgumentParser:
     """A parser with `--config` and every field of `RunConfig`."""
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    # No abbreviations: `--train.step` is a mistake to be told, not another name of `--train.steps`.
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(RunConfig)
     return parser

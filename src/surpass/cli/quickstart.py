@@ -11,7 +11,7 @@ import argparse
 import json
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from surpass.methods.opd import OPD
 from surpass.methods.sft import SFT
 from surpass.models.policy import load_policy, save_policy
 from surpass.models.zoo import char_tokenizer, save_tiny
+from surpass.prompts.sources import load_prompts
 from surpass.prompts.templates import render
 from surpass.records import Ragged
 from surpass.report.page import write_quickstart_report
@@ -55,12 +56,12 @@ class Recipe:
     """Share of characters of the base's training answers that are replaced: a base that knows the tasks but slips."""
     base_examples: int = 38_400
     base_batch: int = 96
-    base_rate: float = 3e-3
-    expert_steps: int = 40
+    base_rate: float = 6e-3
+    expert_steps: int = 60
     expert_prompts: int = 32
     expert_samples: int = 8
-    expert_rate: float = 2e-4
-    merge_steps: int = 150
+    expert_rate: float = 1e-4
+    merge_steps: int = 120
     merge_prompts: int = 64
     merge_rate: float = 1e-3
     scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
@@ -70,7 +71,6 @@ class Recipe:
     expo_alpha: float = 0.5
     eval_prompts: int = 256
     eval_samples: int = 8
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def main(arguments: list[str]) -> int:
@@ -220,7 +220,7 @@ def run_config(recipe: Recipe, seed: int, student: Path, prompts: str, stage: st
         "expert": (recipe.expert_steps, recipe.expert_prompts, recipe.expert_rate),
         "merge": (recipe.merge_steps, recipe.merge_prompts, recipe.merge_rate),
     }[stage]
-    schedule = "cosine" if stage == "base" else "constant"
+    schedule = "constant" if stage == "expert" else "cosine"
     return RunConfig(
         student=str(student),
         prompts=prompts,
@@ -229,7 +229,7 @@ def run_config(recipe: Recipe, seed: int, student: Path, prompts: str, stage: st
         data=DataConfig(limit=None if stage == "base" else 4096),
         rollout=RolloutConfig(max_new_tokens=recipe.max_new_tokens, max_rows=1024),
         optimiser=OptimiserConfig(
-            learning_rate=rate, schedule=schedule, warmup_steps=min(10, steps), beta2=0.95
+            learning_rate=rate, schedule=schedule, warmup_steps=50 if stage == "base" else 5, beta2=0.95
         ),
         train=TrainConfig(
             steps=steps, prompts_per_step=count, sample_every=max(1, steps // 4), samples_kept=6
@@ -240,8 +240,9 @@ def run_config(recipe: Recipe, seed: int, student: Path, prompts: str, stage: st
 def measure(recipe: Recipe, path: Path, seed: int) -> Evaluation:
     """pass@1 and pass@8 on held-out problems of every domain; the same problems and random numbers for all models."""
     policy = load_policy(str(path))
-    prompts = task_prompts(
-        "+".join(recipe.domains), recipe.eval_prompts * len(recipe.domains), 1_000 + seed, "eval"
+    count = recipe.eval_prompts * len(recipe.domains)
+    prompts = load_prompts(
+        "embedded:" + "+".join(recipe.domains), split="eval", limit=count, seed=1_000 + seed
     )
     prompts = list({str(p.messages): p for p in prompts}.values())
     judge = build_judge(prompts, verifier_for(prompts))

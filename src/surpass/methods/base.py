@@ -87,6 +87,9 @@ class Method:
         """Roles made of the student itself, by name; nothing by default."""
         return {}
 
+    def prepare(self, run: Run) -> None:
+        """Once before the first step of a new run (a resumed one has its `state_dict` back); nothing by default."""
+
     def collect(self, run: Run, prompts: list[Prompt]) -> Rollouts:
         """Write, judge, score and weigh, without gradient."""
         needs = self.needs()

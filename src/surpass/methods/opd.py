@@ -117,7 +117,10 @@ class OPD(PolicyGradient):
         """`A_t = sum_i w_i log p_i(y_t) - log student(y_t)` `[T]`, detached."""
         del run
         used = {name: w for name, w in weights.items() if not (isinstance(w, float | int) and w == 0)}
-        columns = [_column(batch.scores[name].logp, name).to(logp.device) for name in used]
+        columns = [
+            _column(batch.scores[name].logp, name, batch.masks.get("trained")).to(logp.device)
+            for name in used
+        ]
         advantage = log_ratio_advantage(log_linear_sampled(columns, list(used.values())), logp)
         if self.discount:
             advantage = return_to_go(batch.ragged(advantage), self.discount)
@@ -140,11 +143,13 @@ class OPD(PolicyGradient):
         }
 
 
-def _column(values: Tensor | None, role: str) -> Tensor:
+def _column(values: Tensor | None, role: str, trained: Tensor | None = None) -> Tensor:
+    """The scores of a role. trained: `[T]` bool, the tokens on which it must have one; None: all."""
     if values is None:
         raise ValueError(f"role {role!r} was not asked for the log-probs this estimator needs")
-    if torch.isnan(values).any():
+    missing = torch.isnan(values if trained is None else values[trained])
+    if missing.any():
         raise ValueError(
-            f"role {role!r} gave no score on {int(torch.isnan(values).sum())} entries; nothing is trained on them"
+            f"role {role!r} gave no score on {int(missing.sum())} entries; nothing is trained on them"
         )
     return values

@@ -13,8 +13,9 @@ from torch import Tensor
 from surpass.judge.judge import Judge
 from surpass.learn.divergence import Divergence
 from surpass.learn.vocabulary import TargetTerm, VocabularyDivergence, log_linear_divergence, token_logp
-from surpass.models.forward import response_hidden
+from surpass.models.forward import micro_batches, response_hidden
 from surpass.models.policy import Policy
+from surpass.prompts.difficulty import pass_rates
 from surpass.prompts.stream import PromptStream
 from surpass.prompts.templates import render
 from surpass.records import Author, Finish, Prompt, Ragged, Rollouts, Scores
@@ -209,6 +210,22 @@ class Run:
         self.metrics.update(verdict.metrics)
         return rollouts.with_(reward=verdict.reward, components=verdict.components)
 
+    def pass_rates(
+        self, prompts: Sequence[Prompt], samples: int, above: float, smooth: bool = False, chunk: int = 64
+    ) -> dict[str, float]:
+        """How often the present student answers each prompt right, by prompt id (see `difficulty.pass_rates`).
+
+        above: an answer is right where its reward is above this. chunk: prompts asked at a time.
+        """
+        ids: list[str] = []
+        rewards: list[Tensor] = []
+        for start in range(0, len(prompts), chunk):
+            judged = self.reward(self.generate(prompts[start : start + chunk], samples))
+            assert judged.reward is not None
+            ids += [prompt.id for prompt in judged.prompts]
+            rewards.append(judged.reward)
+        return pass_rates(ids, torch.cat(rewards).tolist(), above, smooth)
+
     def feedback(self, rollouts: Rollouts) -> Rollouts:
         """Adds what the critic says of every answer; unchanged where the run has no critic."""
         if self.critic is None:
@@ -295,26 +312,54 @@ class Run:
         return token_logp(hidden, self.student.head, ids, self.temperature)
 
     def divergence(
-        self, batch: Rollouts, hidden: Tensor, weights: dict[str, Weight], divergence: Divergence
+        self,
+        batch: Rollouts,
+        hidden: Tensor,
+        weights: dict[str, Weight],
+        divergence: Divergence,
+        tokens: Tensor | None = None,
     ) -> VocabularyDivergence:
         """Full-vocabulary divergence `[T]` between the student and `log q = sum_i w_i log p_i + const`.
 
         weights: by role, a number or `[T]`. A role whose weight is the number 0 is never read.
+        tokens: `[t]` flat indices, ascending; the result is then `[t]`, and the states of all other tokens never
+        reach the head. None: all.
         """
-        if not len(hidden):  # answers without a token: nothing to compare, but still part of the graph
-            nothing = hidden.sum(-1)
+        if not len(hidden if tokens is None else tokens):  # nothing to compare, but still part of the graph
+            nothing = hidden[:0].sum(-1)
             return VocabularyDivergence(nothing, *[nothing.detach()] * 5)
         head, parts, order = self.student.head, [], []
-        for block in blocks(batch, weights):
+        for block in blocks(batch, weights, tokens):
             terms = []
             for name, states, weight in block.terms:
                 moved = weight.to(hidden.device) if isinstance(weight, Tensor) else weight
                 terms.append(TargetTerm(states.to(hidden.device), self.role(name).head, moved))
-            tokens = block.tokens.to(hidden.device)
-            parts.append(log_linear_divergence(hidden[tokens], head, terms, divergence, self.temperature))
-            order.append(tokens)
+            chosen = block.tokens.to(hidden.device)
+            parts.append(log_linear_divergence(hidden[chosen], head, terms, divergence, self.temperature))
+            order.append(chosen)
         back = torch.argsort(torch.cat(order))
         return VocabularyDivergence(*(torch.cat(column)[back] for column in zip(*parts, strict=True)))
+
+    @torch.no_grad()
+    def measure(
+        self, rollouts: Rollouts, weights: dict[str, Weight], divergence: Divergence
+    ) -> VocabularyDivergence:
+        """`divergence` `[T]` of the present student on a batch of any size, without gradient; columns on the CPU."""
+        model = self.student.model
+        was_training = model.training
+        model.eval()
+        parts, order = [], []
+        for rows in micro_batches(rollouts.prompt_ids.lengths + rollouts.lengths, self.token_budget):
+            part = rollouts.select(rows)
+            cut = {
+                k: w[rollouts.response.tokens_of(rows)] if isinstance(w, Tensor) else w
+                for k, w in weights.items()
+            }
+            parts.append(self.divergence(part, self.student_hidden(part), cut, divergence))
+            order.append(rollouts.response.tokens_of(rows))
+        model.train(was_training)
+        back = torch.argsort(torch.cat(order))
+        return VocabularyDivergence(*(torch.cat(column).cpu()[back] for column in zip(*parts, strict=True)))
 
 
 def _unanswered(prompts: Sequence[Prompt], context: Ragged) -> Rollouts:

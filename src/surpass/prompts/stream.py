@@ -48,6 +48,11 @@ class PromptStream:
         return self._draw(count)[0]
 
     @property
+    def prompts(self) -> list[Prompt]:
+        """All prompts that can be drawn, in file order by domain."""
+        return [prompt for pool in self._pools.values() for prompt in pool]
+
+    @property
     def drawn(self) -> dict[str, int]:
         """Prompts drawn so far, by domain; without ratios under one name, the empty one."""
         return dict(self._drawn)

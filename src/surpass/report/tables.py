@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rich import box
 from rich.table import Table
 
 from surpass.report.read import Row
@@ -90,21 +91,33 @@ def results_grid(results: Row, hero: str = "ExOPD", palette: Mapping[str, str] |
 
 
 def results_table(results: Row, title: str = "results") -> Table:
-    """The same grid for a terminal; the best pass@1 of each domain is bold."""
-    grid = results_grid(results)
-    group_of = [name for name, span in grid.groups for _ in range(span)]
+    """The same figures for a terminal of 80 columns: one line per model and domain; the best pass@1 of each is bold."""
+    rows = results["rows"]
+    ks = sorted({int(n[5:]) for row in rows for n in row if n.startswith("pass@") and n[5:].isdigit()} - {1})
+    spent = [(key, name) for key, name in TOTALS if any(row.get(key) is not None for row in rows)]
     seeds = ", ".join(str(seed) for seed in results.get("seeds", []))
-    table = Table(title=title, caption=f"seeds: {seeds}" if seeds else None)
-    for column, group in zip(grid.columns, group_of, strict=True):
-        # The name of a group stands over its first column only, which keeps the others narrow.
-        table.add_column(
-            f"{group if column.start else ''}\n{column.name}",
-            justify="right" if group else "left",
-            no_wrap=True,
-        )
-    for line in grid.rows:
-        texts = [f"{c.text} {c.range}".strip() for c in line.cells]
-        table.add_row(*(f"[bold]{t}[/]" if c.best else t for t, c in zip(texts, line.cells, strict=True)))
+    table = Table(
+        title=title, caption=f"seeds: {seeds}" if seeds else None, box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for name in ("model", "domain"):
+        table.add_column(name, no_wrap=True)
+    for name in ("pass@1", "interval", *(f"pass@{k}" for k in ks), "length", *(name for _, name in spent)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for model in models(results):
+        own = [row for row in rows if row["model"] == model]
+        for row in own:
+            known = [r["pass@1"] for r in rows if r["domain"] == row["domain"] and r["pass@1"] is not None]
+            level = _level(row, max(known, default=1.0))
+            length = row.get("mean_length")
+            table.add_row(
+                model if row is own[0] else "",
+                row["domain"],
+                f"[bold]{level.text}[/]" if level.best else level.text,
+                level.range,
+                *(_share(row.get(f"pass@{k}")) for k in ks),
+                "" if length is None else f"{length:.1f}",
+                *(totals(own, key) if row is own[0] else "" for key, _ in spent),
+            )
     return table
 
 

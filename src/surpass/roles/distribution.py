@@ -24,13 +24,15 @@ class Block:
     terms: tuple[tuple[str, Tensor, float | Tensor], ...]
 
 
-def blocks(batch: Rollouts, weights: dict[str, float | Tensor]) -> list[Block]:
+def blocks(batch: Rollouts, weights: dict[str, float | Tensor], asked: Tensor | None = None) -> list[Block]:
     """Cut a batch into blocks: with routed teachers, one per teacher that speaks in it.
 
     weights: by entry of `batch.scores`, the exponent of its distribution. A number 0 leaves the role unread.
-    Raises ValueError where a role has no hidden states on some token.
+    asked: `[t]` flat indices of the tokens to cut up, each once; None: all of them.
+    Raises ValueError where a role has no hidden states on some token that is asked for.
     """
     total = len(batch.response.values)
+    asked = torch.arange(total) if asked is None else asked.cpu()
     read = {name: w for name, w in weights.items() if not (isinstance(w, float | int) and w == 0)}
     which = torch.zeros(len(read), total, dtype=torch.int64)
     row = torch.zeros(len(read), total, dtype=torch.int64)
@@ -39,15 +41,16 @@ def blocks(batch: Rollouts, weights: dict[str, float | Tensor]) -> list[Block]:
         for p, part in enumerate(batch.scores[name].hidden if name in batch.scores else ()):
             which[r, part.tokens] = p
             row[r, part.tokens] = torch.arange(len(part.tokens))
-        if (which[r] < 0).any():
+        missing = int((which[r, asked] < 0).sum())
+        if missing:
             raise ValueError(
-                f"role {name!r} has no hidden states on {int((which[r] < 0).sum())} of {total} tokens; "
+                f"role {name!r} has no hidden states on {missing} of {len(asked)} tokens; "
                 "score it with Want(hidden=True) before a full-vocabulary divergence"
             )
-    kinds, member = torch.unique(which, dim=1, return_inverse=True)
+    kinds, member = torch.unique(which[:, asked], dim=1, return_inverse=True)
     out = []
     for k in range(kinds.shape[1]):
-        tokens = torch.nonzero(member == k).squeeze(1)
+        tokens = asked[member == k]
         terms = []
         for r, (name, weight) in enumerate(read.items()):
             part = batch.scores[name].hidden[int(kinds[r, k])]

@@ -25,9 +25,7 @@ def _missing(rng: random.Random, difficulty: int) -> Problem:
         continue
     absent = "".join(d for d in "0123456789" if d not in digits)
     steps = tuple(f"{d} is {'there' if d in digits else 'missing'}" for d in "0123456789")
-    return Problem(
-        f"missing {digits}", absent, steps, f"The number of missing digits is {len(absent)}."
-    )
+    return Problem(f"missing {digits}", absent, steps, f"The number of missing digits is {len(absent)}.")
 
 
 def _sums(rng: random.Random, difficulty: int) -> Problem:

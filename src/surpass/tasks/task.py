@@ -52,7 +52,7 @@ def make_prompt(task: Task, seed: int, split: str, index: int, difficulty: int =
         problem = task.draw(rng, difficulty)
     solution = "\n".join([*problem.steps, problem.answer])
     return Prompt(
-        id=f"{task.name}-{split}-{seed}-{index}",
+        id=f"{task.name}{difficulty}-{split}-{seed}-{index}",
         messages=({"role": "user", "content": problem.question},),
         answer=problem.answer,
         domain=task.name,

@@ -66,7 +66,10 @@ def check_config(config: RunConfig, method: Method) -> None:
 
 @dataclass
 class Built:
-    """A run ready to start. eval_ids: the held-out prompts as the student reads them. notes: what was decided or dropped on the way, for the log."""
+    """A run ready to start. eval_ids: the held-out prompts as the student reads them.
+
+    notes: what was decided or dropped on the way, for the log.
+    """
 
     run: Run
     eval_prompts: list[Prompt]

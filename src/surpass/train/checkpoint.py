@@ -30,7 +30,10 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class Position:
-    """Where a run stands. step: rollout batches finished; update: optimiser updates done inside the present batch."""
+    """Where a run stands. step: rollout batches finished; update: optimiser updates done inside the present batch.
+
+    metrics: what was measured while that batch was collected.
+    """
 
     step: int = 0
     update: int = 0
@@ -38,6 +41,7 @@ class Position:
     tokens: dict[str, int] = field(default_factory=dict)
     stream: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
 

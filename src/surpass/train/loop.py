@@ -135,10 +135,13 @@ class _Loop:
         for step in range(self.position.step, settings.steps):
             run.step, started = step, time.perf_counter()
             run.metrics.clear()
+            run.metrics.update(self.position.metrics)  # of the batch that was interrupted, if there was one
             set_learning_rate(self.optimiser, learning_rate(self.config.optimiser, step, settings.steps))
             if self.buffer is None:
                 assert run.stream is not None
                 bar.doing("writing")
+                if step == 0:
+                    self.method.prepare(run)
                 self.buffer = self.method.collect(run, run.stream.next(settings.prompts_per_step))
             collected = time.perf_counter() - started
             parts = update_rows(len(self.buffer), settings.epochs, settings.minibatches, run.seed, step)
@@ -149,7 +152,7 @@ class _Loop:
                 self.position.update = i + 1
                 if self.stop is not None and i + 1 < len(parts):
                     self._leave()
-            self.buffer, self.position.update = None, 0
+            self.buffer, self.position.update, self.position.metrics = None, 0, {}
             self.position.step = step + 1
             bar.advance_to(step + 1)
             last = step + 1 == settings.steps
@@ -232,6 +235,7 @@ class _Loop:
         assert run.stream is not None
         position.updates, position.tokens = run.updates, dict(run.tokens)
         position.stream, position.method = run.stream.state_dict(), self.method.state_dict()
+        position.metrics = dict(run.metrics) if self.buffer is not None else {}
         return save_checkpoint(
             self.folder / "checkpoints",
             run.student,

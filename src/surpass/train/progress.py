@@ -12,9 +12,9 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 
 class Bar(Protocol):
@@ -45,15 +45,13 @@ class RichBar:
 
 
 def display(console: Console | None = None) -> Progress:
-    """The progress display used everywhere: title, bar, count, figures, elapsed and remaining time."""
+    """The progress display used everywhere: title, bar, count, time left (time taken when done), figures."""
     return Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.description:<26}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
         console=console or Console(stderr=True),
     )
 

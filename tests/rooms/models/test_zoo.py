@@ -132,14 +132,14 @@ def test_gemma_mixes_window_and_full_attention(architecture: str) -> None:
 def test_gemma2_caps_its_logits(tmp_path: Path) -> None:
     save_tiny(tmp_path, "gemma2", final_logit_softcapping=0.05, initializer_range=1.0)
     policy = load_policy(str(tmp_path), attention="eager")
-    logits = policy.model(torch.arange(10, 30).unsqueeze(0)).logits
+    logits = policy.model(torch.arange(10, 30).unsqueeze(0)).logits.detach()
     assert policy.head.softcap == 0.05
     assert 0.04 < float(logits.abs().max()) <= 0.05 + 1e-6  # 0.05 is not a float32
 
 
 def test_a_vocabulary_may_be_padded_but_not_cut(tmp_path: Path) -> None:
     save_tiny(tmp_path, vocab_size=128)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).get_input_embeddings().weight.shape[0] == 128
+    assert AutoModelForCausalLM.from_pretrained(tmp_path)(torch.tensor([[127]])).logits.shape[-1] == 128
     with pytest.raises(ValueError, match="too small"):
         save_tiny(tmp_path, vocab_size=50)
 
