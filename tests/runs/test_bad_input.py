@@ -125,6 +125,20 @@ def test_an_unknown_key_in_yaml(text: str, hint: str, says: Says, tmp_path: Path
     assert status == 2 and hint in said
 
 
+def test_yaml_that_is_none(says: Says, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("train: [1\n")
+    status, said = says("exopd", "--config", str(tmp_path / "run.yaml"))
+    assert status == 2 and "run.yaml" in said
+    status, said = says("exopd", "--config", str(tmp_path / "none.yaml"))
+    assert status == 2 and "none.yaml" in said
+
+
+def test_a_tracker_that_is_not_installed(says: Says, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surpass.train.build.find_spec", lambda name: None)
+    status, said = says("sft", "--train.trackers", "[trackio]")
+    assert status == 1 and "trackio, which is not installed: pip install 'surpass[trackio]'" in said
+
+
 def test_a_value_of_the_wrong_type(says: Says) -> None:
     status, said = says("sft", "--train.steps", "many")
     assert status == 2 and "train.steps" in said and "many" in said
@@ -274,7 +288,7 @@ def test_a_model_that_cannot_be_written(
             small_files(8192)
 
     settings = config(models.student, tmp_path / "run", train__save_every=2)
-    with pytest.raises(CheckpointError, match="could not write .*step_000004") as error:
+    with pytest.raises(CheckpointError, match=r"could not write .*step_000004") as error:
         run(settings, SFT(), limit)
     assert "previous checkpoint is whole" in str(error.value) and "step_000002" in str(error.value)
     (kept,) = (tmp_path / "run" / "checkpoints").iterdir()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
+from surpass.cli.console import output
 from surpass.evaluate.compare import comparison_table, gather
 from surpass.report.page import write_comparison
 
@@ -22,6 +21,6 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/comparison.html"), help="page to write")
     given = parser.parse_args(arguments)
-    Console().print(comparison_table(gather(given.runs)))
+    output().print(comparison_table(gather(given.runs)))
     print(write_comparison(given.runs, given.out, given.knob))
     return 0

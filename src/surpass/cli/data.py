@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from surpass.cli.console import output
 from surpass.cli.parsing import parse
 from surpass.config import DataConfig, RunConfig
 from surpass.models.policy import Dtype, Policy, load_config, load_policy, save_policy
@@ -67,7 +67,7 @@ def show(arguments: list[str]) -> None:
     prompts = read_prompts(config, config.prompts, config.data.split, config.data.limit)
     args = config.data.template_args
     rendered = [render(p, tokenizer, template_args=args) for p in prompts]
-    console = Console()
+    console = output()
     console.print(_domains(prompts, [len(ids) for ids in rendered]))
     print(
         f"template {template_fingerprint(tokenizer, args)}; the model reads {reads} tokens, answer included"

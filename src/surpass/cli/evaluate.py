@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from surpass.cli.console import output
 from surpass.cli.parsing import parse, run_config, run_parser
 from surpass.evaluate.evaluation import evaluate
 from surpass.evaluate.summary import Summary
@@ -57,19 +58,21 @@ def main(arguments: list[str]) -> int:
             progress=lambda done, total: progress.update(task, completed=done, total=total),
             out=parsed.out,
         )
-    Console().print(table([*result.domains.values(), result.overall], config.student))
+    output().print(table([*result.domains.values(), result.overall], config.student))
     print(f"written to {parsed.out}")
     return 0
 
 
 def table(summaries: list[Summary], title: str) -> Table:
-    """One line per domain, every estimate with its interval."""
+    """One column per domain, one line per estimate with its interval."""
     out = Table(title=title, title_justify="left")
-    out.add_column("domain")
-    names = list(summaries[0].estimates)
-    for name in [*names, "length", "cut off", "not judged"]:
-        out.add_column(name, justify="right")
-    for s in summaries:
-        cells = [f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in s.estimates.values()]
-        out.add_row(s.domain, *cells, f"{s.mean_length:.1f}", f"{s.clipped_ratio:.1%}", str(s.failures))
+    out.add_column("")
+    for summary in summaries:
+        out.add_column(summary.domain, justify="right", no_wrap=True)
+    for name in summaries[0].estimates:
+        cells = [s.estimates[name] for s in summaries]
+        out.add_row(name, *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in cells))
+    out.add_row("length", *(f"{s.mean_length:.1f}" for s in summaries))
+    out.add_row("cut off", *(f"{s.clipped_ratio:.1%}" for s in summaries))
+    out.add_row("not judged", *(str(s.failures) for s in summaries))
     return out

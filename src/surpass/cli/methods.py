@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from surpass.cli.console import output
 from surpass.methods.registry import METHODS, MethodDescription, describe
 
 
@@ -19,7 +20,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("name", nargs="?", help="a method, or your own: path/to/file.py:ClassName")
     name = parser.parse_args(arguments).name
-    console = Console()
+    console = output()
     if name is None:
         console.print(overview())
         console.print("surpass methods NAME: equation, source and settings of one of them", style="dim")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from surpass.cli.console import output
 from surpass.cli.train import read_settings
 from surpass.methods.registry import METHODS
 from surpass.train.plan import Plan, plan, total_memory
@@ -20,7 +21,7 @@ def main(arguments: list[str]) -> int:
     name, *rest = arguments
     config, method, _ = read_settings("plan", name, rest)
     result = plan(config, method)
-    show(result, Console())
+    show(result, output())
     return 1 if result.problems else 0
 
 

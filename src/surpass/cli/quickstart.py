@@ -47,7 +47,7 @@ from surpass.tasks import task_prompts
 class Recipe:
     """Sizes and schedules. OPD and ExOPD share everything but lambda: steps, prompts, tokens and learning rate."""
 
-    domains: tuple[str, ...] = ("sort", "missing")
+    domains: tuple[str, ...] = ("sums", "sort")
     """Embedded tasks; one expert is trained for each."""
     hidden: int = 96
     layers: int = 2
@@ -57,13 +57,13 @@ class Recipe:
     base_examples: int = 38_400
     base_batch: int = 96
     base_rate: float = 6e-3
-    expert_steps: int = 60
+    expert_steps: int = 30
     expert_prompts: int = 32
     expert_samples: int = 8
     expert_rate: float = 1e-4
-    merge_steps: int = 120
+    merge_steps: int = 100
     merge_prompts: int = 64
-    merge_rate: float = 1e-3
+    merge_rate: float = 2e-3
     scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
     """The sweep over lambda; 1 is OPD."""
     extrapolation: float = 1.5
@@ -105,7 +105,10 @@ def quickstart(recipe: Recipe, folder: Path, seeds: int, threads: int, console: 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     first = folder / "seed_0"
-    runs = {name: first / name for name in measured[0].models if (first / name / "metrics.jsonl").exists()}
+    folders = {name: first / name for name in measured[0].models} | {
+        "ExOPD": first / f"ExOPD-{recipe.extrapolation:g}"
+    }
+    runs = {name: path for name, path in folders.items() if (path / "metrics.jsonl").exists()}
     report = write_quickstart_report(folder, results, runs)
     out = Console()
     out.print(results_table(results))

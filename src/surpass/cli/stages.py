@@ -97,8 +97,8 @@ class Stages:
     def tokens(self, name: str) -> dict[str, int]:
         """Tokens a stage generated and trained; zero for models that were not trained."""
         path = self.folder / name / "metrics.jsonl"
-        last = read_jsonl(path).rows[-1] if path.exists() else {}
-        return {kind: int(last.get(f"tokens/{kind}", 0)) for kind in ("generated", "trained")}
+        rows = read_jsonl(path).rows if path.exists() else []
+        return {kind: sum(int(row[f"tokens/{kind}"]) for row in rows) for kind in ("generated", "trained")}
 
 
 def source_hash() -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from surpass.cli.parsing import parse, run_config, run_parser
 from surpass.methods.base import Method
@@ -27,22 +30,35 @@ def main(arguments: list[str]) -> int:
 def read_settings(command: str, name: str, arguments: list[str]) -> tuple[Any, Method, Any]:
     """Configuration, method and the whole parsed namespace of `surpass COMMAND METHOD ...`."""
     cls = method_class(name)
+    _same_method(command, name, cls, arguments)
     summary = (cls.__doc__ or "").strip().split("\n")[0]
     parser = run_parser(f"surpass {command} {name}", summary)
     parser.add_argument(
-        "--method_name", default=name, help="written into config.yaml; must be this method's name"
+        "--method_name", default=name, help="as config.yaml has it; must be this method's name"
     )
     parser.add_class_arguments(cls, "method")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --output")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that stands in --output")
     parsed = parse(parser, arguments)
-    if parsed.method_name not in (name, cls.__name__):
-        print(
-            f"surpass {command} {name}: the configuration is of method {parsed.method_name!r}",
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
     return run_config(parsed), _method(cls, parsed.method), parsed
+
+
+def _same_method(command: str, name: str, cls: type[Method], arguments: list[str]) -> None:
+    """Leave with status 2 where a given file is another method's: its fields would only seem to be misspelt."""
+    places = [i for i, argument in enumerate(arguments) if argument.split("=")[0] == "--config"]
+    for i in places:
+        file = Path(arguments[i].partition("=")[2] or "".join(arguments[i + 1 : i + 2]))
+        try:
+            stored = yaml.safe_load(file.read_text()) if file.is_file() else None
+        except yaml.YAMLError:
+            continue  # the parser says what is wrong with it
+        other = stored.get("method_name", name) if isinstance(stored, dict) else name
+        if other not in (name, cls.__name__):
+            print(
+                f"surpass {command} {name}: {file} is the configuration of method {other}, not of {cls.__name__}",
+                file=sys.stderr,
+            )
+            raise SystemExit(2)
 
 
 def _method(cls: type[Method], parsed: Any) -> Method:

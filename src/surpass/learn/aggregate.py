@@ -30,7 +30,8 @@ class Term:
     - sequence_sum: sum over each sequence's trained tokens, then mean over sequences;
     - constant_length: the same, divided by `horizon` tokens (Dr.GRPO, arXiv 2503.20783);
     - joint: sum over trained tokens, divided by the trained tokens of all joint terms together.
-    coefficient: factor in the loss. Sequences without a trained token do not count.
+    coefficient: factor in the loss. Sequences without a trained token do not count. optional: where a whole
+    update holds no token of the stream the term is 0, instead of an error.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Term:
     reduction: Reduction = "token_mean"
     coefficient: float = 1.0
     horizon: int | None = None
+    optional: bool = False
 
     @property
     def key(self) -> tuple[str, Reduction, int | None]:
@@ -57,6 +59,8 @@ class Term:
                 "hand it to a "
                 "surrogate (reinforce, ppo_clip, ...) together with the student's log-probs"
             )
+        if self.optional and float(denominator) == 0:
+            return torch.where(mask.values, self.values, torch.zeros_like(self.values)).sum()
         return self.coefficient * reduce(self.values, mask, self.reduction, denominator, self.stream)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from surpass.learn.divergence import Divergence
 from surpass.learn.targets import Weight, log_linear, log_linear_sampled
 
-Owner = Literal["student", "teacher", "union", "intersection"]
+Owner = Literal["student", "teacher", "union", "intersection", "difference"]
 Tail = Literal["drop", "renormalise", "bucket"]
 
 
@@ -62,7 +62,7 @@ def choose_support(student_logp: Tensor, teacher_logp: Tensor, k: int, owner: Ow
 
 def combine_support(student_ids: Tensor, teacher_ids: Tensor, owner: Owner) -> Support:
     """Support from the top-k ids `[t, k]` of either side. Ids of the intersection are a subset of the
-    student's.
+    student's; the difference is the union without the intersection.
     """
     if owner == "student":
         return Support(student_ids, torch.ones_like(student_ids, dtype=torch.bool))
@@ -74,7 +74,13 @@ def combine_support(student_ids: Tensor, teacher_ids: Tensor, owner: Owner) -> S
     if owner == "union":
         first = torch.ones_like(student_ids, dtype=torch.bool)
         return Support(torch.cat([student_ids, teacher_ids], -1), torch.cat([first, ~same.any(-2)], -1))
-    raise ValueError(f"unknown support owner {owner!r}; choose student, teacher, union or intersection")
+    if owner == "difference":
+        return Support(
+            torch.cat([student_ids, teacher_ids], -1), torch.cat([~same.any(-1), ~same.any(-2)], -1)
+        )
+    raise ValueError(
+        f"unknown support owner {owner!r}; choose student, teacher, union, intersection or difference"
+    )
 
 
 def restrict(logp: Tensor, valid: Tensor, tail: Tail) -> Tensor:
@@ -161,18 +167,21 @@ def support_policy_gradient(
     valid: Tensor,
     weighting: Literal["student", "teacher", "uniform"] = "student",
     log_ratio: Literal["raw", "renormalised"] = "raw",
+    normalised: bool = True,
 ) -> Tensor:
     """Loss `[t]` with gradient `sum_k w_k (log p_k - log q_k) grad log p_k`, all but the last factor
     constant.
 
     The loss of Rethinking OPD (arXiv 2604.13016): `w` is a softmax over the support of the student's or the
-    teacher's log-probs, or 1. The released code takes the log-ratio `raw`, the paper renormalises both sides
-    in it. Both differ from the exact gradient on a support, `top_k_divergence(reverse_kl,
-    tail="renormalise")`; all agree at K = V. The value is `sum_k w_k (log p_k - log q_k)`.
+    teacher's log-probs, or 1; with `normalised` False their probabilities as they are. The released code
+    takes the log-ratio `raw`, the paper renormalises both sides in it. Both differ from the exact gradient on
+    a support, `top_k_divergence(reverse_kl, tail="renormalise")`; all agree at K = V with the student's
+    weights. The value is `sum_k w_k (log p_k - log q_k)`.
     """
     student, target = student_logp.detach(), target_logp.detach()
     weights = {"student": student, "teacher": target, "uniform": None}[weighting]
-    weight = valid.to(student.dtype) if weights is None else restrict(weights, valid, "renormalise").exp()
+    tail: Tail = "renormalise" if normalised else "drop"
+    weight = valid.to(student.dtype) if weights is None else restrict(weights, valid, tail).exp()
     if log_ratio == "renormalised":
         student, target = restrict(student, valid, "renormalise"), restrict(target, valid, "renormalise")
     signal = torch.where(valid, weight * (student - target), torch.zeros_like(student))

@@ -64,8 +64,7 @@ def kept_count(total: int, share: float) -> int:
 
 def curvature_gate(log_ratio: Tensor, temperature: float) -> Tensor:
     """`exp(-(e^x - x - 1) / temperature)` in [0, 1]: 1 where the log-ratio `x` is 0 (REOPD, arXiv 2608.11698)."""
-    distance = torch.where(log_ratio == -torch.inf, torch.inf, torch.expm1(log_ratio) - log_ratio)
-    return (-distance / temperature).exp()
+    return ((log_ratio - torch.expm1(log_ratio)) / temperature).exp()
 
 
 # -- answers --------------------------------------------------------------------------------------------------------
@@ -108,8 +107,8 @@ def margin_mask(
     """`[N]` bool: the answers left when, one by one, those that narrow the gap most are dropped (arXiv 2605.03677).
 
     Arguments as in `margin_shift`. Each time either the lowest correct or the highest incorrect answer of a group is
-    dropped, whichever widens its gap more (the correct one if alike), until the gap is the margin, or one more would
-    leave less than the share `least_kept` of the group, or one class is down to a single answer on both sides.
+    dropped, whichever widens its gap more (the correct one if alike), until the gap is at least the margin or one more
+    would leave less than the share `least_kept` of the group. Neither class loses its last answer.
     """
     kept = torch.ones(len(returns), dtype=torch.bool)
     for right, wrong in _classes(returns, correct, group):

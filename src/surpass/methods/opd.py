@@ -77,11 +77,16 @@ class OPD(PolicyGradient):
             rollouts = run.score(rollouts, "reference", self.want(), support)
         return rollouts
 
+    def support_size(self, run: Run) -> int:
+        """How many tokens an owner's support has."""
+        del run
+        return self.top_k
+
     def score_support(self, run: Run, rollouts: Rollouts) -> tuple[Rollouts, Tensor]:
         """The support `[T, K]` by the owner's top-k; duplicates of a union are masked out in `loss`."""
         owners = {"student": ["old"], "teacher": ["teacher"]}.get(self.support, ["old", "teacher"])
         for owner in owners:
-            rollouts = run.score(rollouts, owner, Want(top_k=self.top_k))
+            rollouts = run.score(rollouts, owner, Want(top_k=self.support_size(run)))
         tops = [rollouts.scores[owner].support for owner in owners]
         assert tops[0] is not None and tops[-1] is not None
         ids, valid = combine_support(tops[0], tops[-1], self.support)
@@ -91,7 +96,10 @@ class OPD(PolicyGradient):
         return rollouts.with_(token={"support": ids, "support_valid": valid}), ids
 
     def loss(self, run: Run, batch: Rollouts) -> Loss:
-        hidden = run.student_hidden(batch)
+        return self.distillation(run, batch, run.student_hidden(batch))
+
+    def distillation(self, run: Run, batch: Rollouts, hidden: Tensor) -> Loss:
+        """Reverse KL to the target on the student's own tokens, from its hidden states `[T, D]`."""
         weights = self.weights(run, batch)
         if self.estimator == "full":
             kl = run.divergence(batch, hidden, weights, Divergence("reverse_kl"))
@@ -118,7 +126,7 @@ class OPD(PolicyGradient):
         del run
         used = {name: w for name, w in weights.items() if not (isinstance(w, float | int) and w == 0)}
         columns = [
-            _column(batch.scores[name].logp, name, batch.masks.get("trained")).to(logp.device)
+            role_column(batch.scores[name].logp, name, batch.masks.get("trained")).to(logp.device)
             for name in used
         ]
         advantage = log_ratio_advantage(log_linear_sampled(columns, list(used.values())), logp)
@@ -133,7 +141,7 @@ class OPD(PolicyGradient):
         ids, valid = batch.token["support"].to(hidden.device), batch.token["support_valid"].to(hidden.device)
         student = support_logp(hidden, run.student.head, ids, run.temperature)
         used = {name: w for name, w in weights.items() if not (isinstance(w, float | int) and w == 0)}
-        columns = [_column(batch.scores[name].support_logp, name).to(hidden.device) for name in used]
+        columns = [role_column(batch.scores[name].support_logp, name).to(hidden.device) for name in used]
         result = top_k_log_linear_divergence(
             Divergence("reverse_kl"), student, columns, list(used.values()), valid, self.tail
         )
@@ -143,7 +151,7 @@ class OPD(PolicyGradient):
         }
 
 
-def _column(values: Tensor | None, role: str, trained: Tensor | None = None) -> Tensor:
+def role_column(values: Tensor | None, role: str, trained: Tensor | None = None) -> Tensor:
     """The scores of a role. trained: `[T]` bool, the tokens on which it must have one; None: all."""
     if values is None:
         raise ValueError(f"role {role!r} was not asked for the log-probs this estimator needs")

@@ -25,10 +25,14 @@ from surpass.methods.grpo import GRPO
 from surpass.methods.gspo import GSPO
 from surpass.methods.minillm import MiniLLM
 from surpass.methods.opd import OPD
+from surpass.methods.paced import PACED
+from surpass.methods.reopd import REOPD
 from surpass.methods.rloo import RLOO
 from surpass.methods.sequence_kd import SequenceKD
 from surpass.methods.sft import SFT
 from surpass.methods.supervised_kd import SupervisedKD
+from surpass.methods.tip import TIP
+from surpass.methods.uni_opd import UniOPD
 
 METHODS: dict[str, type[Method]] = {
     "sft": SFT,
@@ -38,6 +42,10 @@ METHODS: dict[str, type[Method]] = {
     "minillm": MiniLLM,
     "opd": OPD,
     "exopd": ExOPD,
+    "reopd": REOPD,
+    "uni_opd": UniOPD,
+    "tip": TIP,
+    "paced": PACED,
     "context_distillation": ContextDistillation,
     "grpo": GRPO,
     "dr_grpo": DrGRPO,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from surpass.models.policy import Policy
 from surpass.prompts.difficulty import pass_rates
 from surpass.prompts.stream import PromptStream
 from surpass.prompts.templates import render
+from surpass.prompts.views import View
 from surpass.records import Author, Finish, Prompt, Ragged, Rollouts, Scores
 from surpass.roles.distribution import blocks
 from surpass.roles.role import Role, route
@@ -86,11 +87,19 @@ class Run:
             seeds += [sequence_seed(self.seed, self.step, who + p.id, first + i) for i in range(samples)]
         return torch.tensor(seeds)
 
-    def generate(self, prompts: Sequence[Prompt], samples: int = 1, role: Role | None = None) -> Rollouts:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int = 1,
+        role: Role | None = None,
+        sampling: Sampling | None = None,
+    ) -> Rollouts:
         """`samples` answers to each prompt by the student, or by a role that reads the prompt in its own view.
 
-        The answers are stored after the student's own rendering of the prompt, whoever wrote them.
+        The answers are stored after the student's own rendering of the prompt, whoever wrote them. sampling: the law
+        they are drawn from; None: the run's.
         """
+        sampling = sampling or self.sampling
         context = self.prompt_ids(prompts)
         engine, author = self.engine, Author.STUDENT
         reads = context
@@ -98,8 +107,10 @@ class Run:
             engine, author = self._engine_of(role), Author.TEACHER
             reads = role.prompt_ids(_unanswered(prompts, context))
         seeds = self.seeds(prompts, samples, "" if role is None else role.name)
-        written = engine.generate(reads, samples, self.sampling, seeds, self.progress)
-        return self._rollouts(prompts, context, samples, written, author)
+        writer = self.student if role is None else role.policy
+        with writer.adapter(role is None or role.adapter):
+            written = engine.generate(reads, samples, sampling, seeds, self.progress)
+        return self._rollouts(prompts, context, samples, written, author, sampling)
 
     def generate_mixed(self, prompts: Sequence[Prompt], samples: int, teacher_share: float) -> Rollouts:
         """Answers drawn token by token from `teacher_share * teacher + (1 - teacher_share) * student`.
@@ -122,12 +133,18 @@ class Run:
                 version=self.updates,
                 progress=self.progress,
             )
-            return self._rollouts(chosen, context, samples, written, Author.STUDENT)
+            return self._rollouts(chosen, context, samples, written, Author.STUDENT, self.sampling)
 
         return self._routed(prompts, samples, write)
 
     def _rollouts(
-        self, prompts: Sequence[Prompt], context: Ragged, samples: int, written: Completions, author: Author
+        self,
+        prompts: Sequence[Prompt],
+        context: Ragged,
+        samples: int,
+        written: Completions,
+        author: Author,
+        sampling: Sampling,
     ) -> Rollouts:
         repeat = torch.arange(len(prompts)).repeat_interleave(samples)
         self.tokens["generated"] += len(written.response.values)
@@ -140,14 +157,15 @@ class Run:
             group=repeat,
             finish=written.finish,
             version=written.version,
-            temperature=self.sampling.temperature,
+            temperature=sampling.temperature,
         )
 
-    def from_data(self, prompts: Sequence[Prompt]) -> Rollouts:
-        """The data set's own responses, EOS appended, cut at `max_new_tokens`; author DATA.
+    def from_data(self, prompts: Sequence[Prompt], max_new_tokens: int | None = None) -> Rollouts:
+        """The data set's own responses, EOS appended, cut at `max_new_tokens` (None: the run's); author DATA.
 
         Raises ValueError for a prompt without a response.
         """
+        limit = max_new_tokens or self.sampling.max_new_tokens
         responses, finish = [], []
         for prompt in prompts:
             if prompt.response is None:
@@ -158,8 +176,8 @@ class Run:
             tokenizer = self.student.tokenizer
             ids = tokenizer(prompt.response, add_special_tokens=False)["input_ids"]
             ids = [*ids, *self.student.eos_ids[-1:]]
-            cut = len(ids) > self.sampling.max_new_tokens
-            responses.append(ids[: self.sampling.max_new_tokens])
+            cut = len(ids) > limit
+            responses.append(ids[:limit])
             finish.append(int(Finish.LENGTH if cut else Finish.EOS))
         response = Ragged.from_list(responses, torch.int64)
         return Rollouts(
@@ -180,9 +198,23 @@ class Run:
             self._engines[role.name] = self.engine_for(role.policy)
         return self._engines[role.name]
 
-    def write_by_teacher(self, prompts: Sequence[Prompt], samples: int = 1) -> Rollouts:
-        """Answers by each prompt's own teacher (routed by domain), as one batch in the order of `prompts`."""
-        return self._routed(prompts, samples, lambda chosen, teacher: self.generate(chosen, samples, teacher))
+    def write_by_teacher(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int = 1,
+        *,
+        view: View | None = None,
+        sampling: Sampling | None = None,
+    ) -> Rollouts:
+        """Answers by each prompt's own teacher (routed by domain), as one batch in the order of `prompts`.
+
+        view: the context teachers read; None: their own. sampling: the law they write under; None: the run's.
+        """
+
+        def write(chosen: Sequence[Prompt], teacher: Role) -> Rollouts:
+            return self.generate(chosen, samples, _reading(teacher, view), sampling)
+
+        return self._routed(prompts, samples, write)
 
     def _routed(
         self, prompts: Sequence[Prompt], samples: int, write: Callable[[Sequence[Prompt], Role], Rollouts]
@@ -237,9 +269,17 @@ class Run:
     # -- what the others would have said ----------------------------------------------------------------------------
 
     def score(
-        self, rollouts: Rollouts, role: str, want: Want | None = None, support: Tensor | None = None
+        self,
+        rollouts: Rollouts,
+        role: str,
+        want: Want | None = None,
+        support: Tensor | None = None,
+        view: View | None = None,
     ) -> Rollouts:
-        """Adds `scores[role]`. `teacher` is routed by domain; `reference`; `old`: the student's weights as they are now."""
+        """Adds `scores[role]`. `teacher` is routed by domain; `reference`; `old`: the student's weights as they are now.
+
+        view: the context the role reads; None: its own.
+        """
         want = want or Want()
         if role == "teacher":
             if not self.teachers:
@@ -251,10 +291,11 @@ class Run:
                 index = torch.tensor(rows)
                 tokens = rollouts.response.tokens_of(index)
                 chosen = None if support is None else support[tokens]
-                parts.append((tokens, self._score(teacher, rollouts.select(index), want, chosen)))
+                asked = _reading(teacher, view)
+                parts.append((tokens, self._score(asked, rollouts.select(index), want, chosen)))
             scores = merge(parts, len(rollouts.response.values))
         else:
-            scores = self._score(self.role(role), rollouts, want, support)
+            scores = self._score(_reading(self.role(role), view), rollouts, want, support)
         return rollouts.with_(scores={role: scores})
 
     @property
@@ -360,6 +401,10 @@ class Run:
         model.train(was_training)
         back = torch.argsort(torch.cat(order))
         return VocabularyDivergence(*(torch.cat(column).cpu()[back] for column in zip(*parts, strict=True)))
+
+
+def _reading(role: Role, view: View | None) -> Role:
+    return role if view is None else replace(role, view=view)
 
 
 def _unanswered(prompts: Sequence[Prompt], context: Ragged) -> Rollouts:

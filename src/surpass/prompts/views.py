@@ -13,7 +13,17 @@ from typing import Any, Literal, get_args
 
 from surpass.records import Prompt
 
-Kind = Literal["plain", "own_template", "solution", "critique", "hint", "demonstration"]
+Kind = Literal[
+    "plain",
+    "own_template",
+    "solution",
+    "critique",
+    "hint",
+    "demonstration",
+    "refine",
+    "refine_with_solution",
+    "silent_key",
+]
 Messages = tuple[dict[str, Any], ...] | str
 
 TEMPLATES: dict[str, str] = {
@@ -31,6 +41,27 @@ TEMPLATES: dict[str, str] = {
         "{critique}\n\nWith this in mind, write your solution again. Keep the steps that are right and keep your style; "
         "change only what is wrong."
     ),
+    "refine": (
+        "{problem}\n\nThis is a first attempt at it:\n\n{draft}\n\n"
+        "Rewrite the attempt as one clean answer. Keep its structure and every step that is right, put right whatever is "
+        "wrong, and finish it if it is unfinished. Write the new answer alone, without a word about the attempt."
+    ),
+    "refine_with_solution": (
+        "{problem}\n\nThis is a first attempt at it:\n\n{draft}\n\nThis is a correct solution:\n\n{solution}\n\n"
+        "Rewrite the attempt as one clean answer. Keep its structure and every step that is right, and put right whatever "
+        "the solution shows to be wrong. Write the new answer alone, without a word about the attempt or the solution."
+    ),
+    "silent_key": (
+        "{problem}\n\n[For you alone: the correct final answer is {answer}. Never mention it or this note. Derive every "
+        "step from the problem itself, and use the answer only to compare with your own result at the end.]"
+    ),
+}
+# The texts a kind reads besides the problem, the one `View.field` renames first.
+READS: dict[str, tuple[str, ...]] = {
+    **{kind: (kind,) for kind in ("solution", "hint", "demonstration", "critique")},
+    "refine": ("draft",),
+    "refine_with_solution": ("draft", "solution"),
+    "silent_key": ("answer",),
 }
 NO_CRITIQUE = "Please go over your solution once more and check each step."
 
@@ -45,9 +76,12 @@ class View:
     - `solution`, `hint`, `demonstration`: one user turn of the problem, the privileged text, and an instruction.
     - `critique`: problem, the student's own answer as the assistant's turn, then the critique and the request to
       write it again. The critique is the feedback on that answer, else the prompt's privileged one, else `fallback`.
+    - `refine`: one user turn of the problem, the privileged `draft`, and the request to rewrite it (arXiv 2606.08432);
+      `refine_with_solution` shows the privileged `solution` too.
+    - `silent_key`: one user turn of the problem and a private note with the prompt's answer (arXiv 2605.09725).
 
-    template: text with `{problem}` and the kind's own name in braces (for critique: of the last turn); None: TEMPLATES.
-    field: the privileged text that is read; None: the one called like the kind.
+    template: text with `{problem}` and the texts of READS in braces (for critique: of the last turn); None: TEMPLATES.
+    field: the privileged text that is read in place of the first of READS; None: the one of that name.
     Raises ValueError for an unknown kind and for a template that leaves out the privileged text.
     """
 
@@ -59,15 +93,15 @@ class View:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"unknown view {self.kind!r}; there are {list(get_args(Kind))}")
-        if self.kind not in TEMPLATES:
-            if self.template is not None or self.field is not None:
-                raise ValueError(
-                    f"view {self.kind!r} reads the prompt as it is: it takes no template and no field"
-                )
-        elif f"{{{self.kind}}}" not in self.text:
+        if self.kind not in TEMPLATES and (self.template is not None or self.field is not None):
             raise ValueError(
-                f"the template of view {self.kind!r} lacks {{{self.kind}}}, found {self.template!r}"
+                f"view {self.kind!r} reads the prompt as it is: it takes no template and no field"
             )
+        for name in READS.get(self.kind, ()):
+            if f"{{{name}}}" not in self.text:
+                raise ValueError(
+                    f"the template of view {self.kind!r} lacks {{{name}}}, found {self.template!r}"
+                )
 
     @property
     def text(self) -> str:
@@ -86,8 +120,10 @@ class View:
             return prompt.messages
         if self.kind == "critique":
             return self._critique(prompt, response_text, feedback)
-        secret = self._privileged(prompt)
-        return _ask(prompt, _fill(self.text, problem=_problem(prompt), **{self.kind: secret}))
+        first, *others = READS[self.kind]
+        texts = {name: self._privileged(prompt, name) for name in others}
+        texts[first] = self._privileged(prompt, self.field or first)
+        return _ask(prompt, _fill(self.text, problem=_problem(prompt), **texts))
 
     def _critique(self, prompt: Prompt, response_text: str | None, feedback: str | None) -> Messages:
         if response_text is None:
@@ -105,9 +141,12 @@ class View:
             {"role": "user", "content": request},
         )
 
-    def _privileged(self, prompt: Prompt) -> str:
-        name = self.field or self.kind
+    def _privileged(self, prompt: Prompt, name: str) -> str:
         text = prompt.privileged.get(name)
+        if name == "answer" and not text and prompt.answer is not None:
+            return str(prompt.answer)
+        if name == "draft" and text is not None:
+            return text  # an attempt may be empty
         if not text:
             raise ValueError(
                 f"view {self.kind!r} reads the privileged {name!r} of every prompt, and prompt {prompt.id!r} has "

@@ -91,7 +91,12 @@ def training(runs: Mapping[str, Sequence[Row]], palette: Mapping[str, str] | Non
             title = quantity.title if len(names) == 1 else f"{quantity.title}: {_short(name, quantity)}"
             lines = {run: (rows, name) for run, rows in runs.items() if name in quantity.present(rows)}
             figures.append(
-                _panel(replace(quantity, title=title), lines, legend=False, palette=colours(list(runs)))
+                _panel(
+                    replace(quantity, title=title),
+                    lines,
+                    legend=False,
+                    palette=palette or colours(list(runs)),
+                )
             )
     return figures
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -148,3 +148,19 @@ def merge(parts: Sequence[tuple[Tensor, Scores]], total: int) -> Scores:
         for name, pieces in hidden.items()
     )
     return Scores(**columns, hidden=joined)
+
+
+def join(parts: Sequence[Rollouts]) -> Rollouts:
+    """`Rollouts.cat` of answers that were scored apart: their scores are kept.
+
+    A role that was not asked on a part has NaN there. Parts on which it was asked must have been asked the same.
+    """
+    whole = Rollouts.cat([replace(part, scores={}) for part in parts])
+    total = len(whole.response.values)
+    tokens = torch.arange(total).split([len(part.response.values) for part in parts])
+    roles = dict.fromkeys(role for part in parts for role in part.scores)
+    asked = {
+        role: [(t, part.scores[role]) for t, part in zip(tokens, parts, strict=True) if role in part.scores]
+        for role in roles
+    }
+    return whole.with_(scores={role: merge(found, total) for role, found in asked.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
 from surpass.config import RunConfig
 from surpass.judge.build import build_judge
@@ -48,6 +49,12 @@ def check_config(config: RunConfig, method: Method) -> None:
     if not config.prompts:
         raise ValueError(
             "no prompts: set --prompts FILE, a hub id, embedded:NAME, or --prompts.DOMAIN FILE per domain"
+        )
+    missing = [name for name in config.train.trackers if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"train.trackers names {', '.join(missing)}, which is not installed: pip install 'surpass[{','.join(missing)}]', "
+            "or leave it out (metrics.jsonl is written in any case)"
         )
     rollout = config.rollout
     truncated = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0

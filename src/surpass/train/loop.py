@@ -8,6 +8,7 @@ import platform
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,6 +129,7 @@ class _Loop:
         self.accelerator, self.optimiser, self.journal = accelerator, optimiser, journal
         self.position, self.buffer, self.moving, self.folder = position, buffer, moving, folder
         self.stop: int | None = None
+        self.counted = Counter(self.run.tokens)
 
     def go(self, bar: Bar) -> None:
         settings, run = self.config.train, self.run
@@ -198,10 +200,14 @@ class _Loop:
             **result.metrics,
             **described,
             "learning_rate": self.optimiser.param_groups[0]["lr"],
-            **{f"tokens/{name}": run.tokens[name] for name in ("generated", "scored", "trained")},
+            **{
+                f"tokens/{name}": run.tokens[name] - self.counted[name]
+                for name in ("generated", "scored", "trained")
+            },
             "time/collect": collected,
             "step_time": time.perf_counter() - started,
         }
+        self.counted = Counter(run.tokens)
         self.journal.metrics(row)
         bar.show(row)
         if keep:
@@ -275,7 +281,7 @@ def update_rows(count: int, epochs: int, minibatches: int, seed: int, step: int)
     parts = []
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(sequence_seed(seed, step, "order", epoch))
-        parts += torch.randperm(count, generator=generator).chunk(minibatches)
+        parts += torch.randperm(count, generator=generator).tensor_split(minibatches)
     return parts
 
 

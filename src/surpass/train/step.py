@@ -85,11 +85,16 @@ def update(
 
 
 def _global_denominators(loss: Loss, batch: Rollouts, accelerator: Accelerator) -> dict[Any, Tensor]:
-    """The whole update's denominator of every term, summed over ranks. Raises ValueError where one has no token."""
+    """The whole update's denominator of every term, summed over ranks.
+
+    Raises ValueError where a term has no token, unless it is optional and another one has some.
+    """
     masks = {term.stream: batch.ragged(batch.mask(term.stream)) for term in loss.terms}
     local = denominators([term.key for term in loss.terms], masks)
     total = {k: accelerator.reduce(v.float().to(accelerator.device), "sum") for k, v in local.items()}
-    for stream, *_ in (key for key, value in total.items() if float(value) == 0):  # type: ignore[arg-type]
+    empty = {key for key, value in total.items() if float(value) == 0}  # type: ignore[arg-type]
+    needed = {term.key for term in loss.terms if not term.optional or len(empty) == len(total)}
+    for stream, *_ in sorted(empty & needed):
         raise ValueError(
             f"no token of stream {stream!r} to train on in this update: check that answers are not empty and that the "
             "judge did not leave out every one of them"
