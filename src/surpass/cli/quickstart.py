@@ -47,7 +47,7 @@ from surpass.tasks import task_prompts
 class Recipe:
     """Sizes and schedules. OPD and ExOPD share everything but lambda: steps, prompts, tokens and learning rate."""
 
-    domains: tuple[str, ...] = ("sums", "sort")
+    domains: tuple[str, ...] = ("sort", "missing")
     """Embedded tasks; one expert is trained for each."""
     hidden: int = 96
     layers: int = 2
@@ -64,7 +64,7 @@ class Recipe:
     merge_steps: int = 100
     merge_prompts: int = 64
     merge_rate: float = 2e-3
-    scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
+    scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 2.5)
     """The sweep over lambda; 1 is OPD."""
     extrapolation: float = 1.5
     """lambda of the run that is called ExOPD."""
