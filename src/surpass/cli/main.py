@@ -21,6 +21,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "pass@k, avg@k, maj@k, lengths and truncation of a model, with intervals",
     ),
     "methods": ("surpass.cli.methods", "what each method is: equation, source, fields and defaults"),
+    "diagnose": (
+        "surpass.cli.diagnose",
+        "before training: is distillation from this teacher likely to work, and why",
+    ),
     "plan": (
         "surpass.cli.plan",
         "before anything loads: parameters, memory, tokens and FLOPs per step, what would fail",

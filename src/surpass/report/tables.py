@@ -97,12 +97,16 @@ def results_table(results: Row, title: str = "results") -> Table:
     spent = [(key, name) for key, name in TOTALS if any(row.get(key) is not None for row in rows)]
     seeds = ", ".join(str(seed) for seed in results.get("seeds", []))
     table = Table(
-        title=title, caption=f"seeds: {seeds}" if seeds else None, box=box.SIMPLE_HEAD, pad_edge=False
+        title=title,
+        caption=f"seeds: {seeds}" if seeds else None,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for name in ("model", "domain"):
         table.add_column(name, no_wrap=True)
     for name in ("pass@1", "interval", *(f"pass@{k}" for k in ks), "length", *(name for _, name in spent)):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     for model in models(results):
         own = [row for row in rows if row["model"] == model]
         for row in own:
