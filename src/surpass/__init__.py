@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from surpass import methods, train
     from surpass.config import RunConfig
 
+    __version__: str
+
 __all__ = ["RunConfig", "__version__", "methods", "train"]
 
 

@@ -133,6 +133,8 @@ class TrainConfig:
 
     steps: int = 100
     """Rollout batches (for data methods: data batches)."""
+    max_tokens: int | None = None
+    """Stop after the step in which generated + scored + trained tokens reach this many; null: only `steps` counts."""
     prompts_per_step: int = 64
     """Prompts of one batch; each is answered `method.samples` times."""
     epochs: int = 1

@@ -227,10 +227,13 @@ def test_position_and_counters_go_on(models: Checkpoints, tmp_path: Path) -> Non
     state = json.loads((checkpoint / "state.json").read_text())
     assert state["step"] == 4 and state["updates"] == 4
     assert state["stream"]["drawn"] == {"": 16}
-    assert state["tokens"]["generated"] == metrics(tmp_path)[-1]["tokens/generated"]
+    written = sum(row["tokens/generated"] for row in metrics(tmp_path))
+    assert state["tokens"]["generated"] == written
     run(config(models.student, tmp_path, **changes), OPD(), resume=True)
-    counted = [row["tokens/trained"] for row in metrics(tmp_path)]
-    assert counted == sorted(counted) and counted[4] > counted[3] == state["tokens"]["trained"]
+    last = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    state = json.loads((last / "state.json").read_text())
+    assert state["stream"]["drawn"] == {"": 24}
+    assert state["tokens"]["generated"] == sum(row["tokens/generated"] for row in metrics(tmp_path)) > written
 
 
 def test_resuming_a_finished_run_changes_nothing(models: Checkpoints, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "surpass.cli.diagnose",
         "before training: is distillation from this teacher likely to work, and why",
     ),
+    "league": ("surpass.cli.league", "every method on the same embedded tasks under the same token budget"),
     "plan": (
         "surpass.cli.plan",
         "before anything loads: parameters, memory, tokens and FLOPs per step, what would fail",

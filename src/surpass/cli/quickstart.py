@@ -137,27 +137,8 @@ def experiment(recipe: Recipe, folder: Path, seed: int, console: Console) -> Mea
     total = 2 + 2 * len(domains) + 2 * len(recipe.scales) + 2
     stages = Stages(folder, total, console, f"seed {seed}")
 
-    blank = stages.make(
-        "blank",
-        Stage({"hidden": recipe.hidden, "layers": recipe.layers, "seed": seed}),
-        lambda out: save_tiny(
-            out, "qwen3", char_tokenizer(), hidden=recipe.hidden, layers=recipe.layers, seed=seed
-        ),
-    )
-    data = folder / "base_answers.jsonl"
-    write_slipping_answers(recipe, data, seed)
-    base = stages.train(
-        "base", run_config(recipe, seed, blank, str(data), "base"), SFT(reduction="token_mean")
-    )
-
-    experts = {
-        domain: stages.train(
-            f"expert-{domain}",
-            run_config(recipe, seed, base, f"embedded:{domain}", "expert"),
-            GRPO(samples=recipe.expert_samples),
-        )
-        for domain in domains
-    }
+    base = write_base(recipe, stages, seed)
+    experts = experts_of(recipe, stages, seed, base)
     merged = {}
     for scale in recipe.scales:
         method = OPD(estimator="full") if scale == 1.0 else ExOPD(estimator="full", reward_scale=scale)
@@ -192,6 +173,32 @@ def experiment(recipe: Recipe, folder: Path, seed: int, console: Console) -> Mea
     tokens = {name: stages.tokens(name) for name in models}
     tokens["ExOPD"] = stages.tokens(named)
     return Measured(seed, evaluations, sweep, tokens)
+
+
+def write_base(recipe: Recipe, stages: Stages, seed: int) -> Path:
+    """A random tiny model, fine-tuned on answers that slip: it knows the tasks, and fails them often enough."""
+    blank = stages.make(
+        "blank",
+        Stage({"hidden": recipe.hidden, "layers": recipe.layers, "seed": seed}),
+        lambda out: save_tiny(
+            out, "qwen3", char_tokenizer(), hidden=recipe.hidden, layers=recipe.layers, seed=seed
+        ),
+    )
+    data = stages.folder / "base_answers.jsonl"
+    write_slipping_answers(recipe, data, seed)
+    return stages.train("base", run_config(recipe, seed, blank, str(data), "base"), SFT())
+
+
+def experts_of(recipe: Recipe, stages: Stages, seed: int, base: Path) -> dict[str, Path]:
+    """One expert per domain, by GRPO from the base."""
+    return {
+        domain: stages.train(
+            f"expert-{domain}",
+            run_config(recipe, seed, base, f"embedded:{domain}", "expert"),
+            GRPO(samples=recipe.expert_samples),
+        )
+        for domain in recipe.domains
+    }
 
 
 def write_slipping_answers(recipe: Recipe, path: Path, seed: int) -> None:

@@ -44,14 +44,15 @@ def read_settings(command: str, name: str, arguments: list[str]) -> tuple[Any, M
 
 
 def _same_method(command: str, name: str, cls: type[Method], arguments: list[str]) -> None:
-    """Leave with status 2 where a given file is another method's: its fields would only seem to be misspelt."""
+    """Leave with status 2 where a given file is no YAML, or another method's: its fields would only seem misspelt."""
     places = [i for i, argument in enumerate(arguments) if argument.split("=")[0] == "--config"]
     for i in places:
         file = Path(arguments[i].partition("=")[2] or "".join(arguments[i + 1 : i + 2]))
         try:
             stored = yaml.safe_load(file.read_text()) if file.is_file() else None
-        except yaml.YAMLError:
-            continue  # the parser says what is wrong with it
+        except yaml.YAMLError as error:
+            print(f"surpass {command} {name}: {file} is not valid YAML: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
         other = stored.get("method_name", name) if isinstance(stored, dict) else name
         if other not in (name, cls.__name__):
             print(

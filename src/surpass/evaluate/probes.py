@@ -58,13 +58,17 @@ def agreement(
     ValueError where there is no token at all.
     """
     if not len(rollouts.response.values):
-        raise ValueError("there is no response token to compare student and teacher on; give answers that are not empty")
+        raise ValueError(
+            "there is no response token to compare student and teacher on; give answers that are not empty"
+        )
     want = Want(entropy=True, top_k=min(k, student.policy.vocabulary, teacher.policy.vocabulary))
     own, other = (
         score(role, rollouts, want, temperature=temperature, token_budget=token_budget)
         for role in (student, teacher)
     )
-    found = top_k_overlap(*(_known(v) for v in (own.support, own.support_logp, other.support, other.support_logp)))
+    found = top_k_overlap(
+        *(_known(v) for v in (own.support, own.support_logp, other.support, other.support_logp))
+    )
     shared = found.count > 0
     signal = rollouts.ragged(_known(other.logp) - _known(own.logp)).sum()
     return Agreement(

@@ -7,32 +7,23 @@ gives the gradient at the logits, in closed form and in place. Nothing here is s
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from surpass.learn.divergence import Divergence
 from surpass.learn.head import Head
 from surpass.learn.targets import Weight, log_linear, log_linear_sampled
 
 LOWEST = torch.finfo(torch.float32).min
-SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def _second_level_cache() -> int:
-    """Bytes, as the system states them; 1 MiB where it states none."""
-    try:
-        return os.sysconf("SC_LEVEL2_CACHE_SIZE") or 1 << 20
-    except (ValueError, OSError, AttributeError):
-        return 1 << 20
-
-
-# Bytes of one tile of float32 logits. Four such tiles are in use at once, and an element-wise operation outside
-# the cache costs three times one inside it. A GPU wants large matrices instead.
-TILE_BYTES = {"cpu": max(_second_level_cache() // 4, 128 << 10), "cuda": 256 << 20}
+# Bytes of one tile of float32 logits. About four such tiles are in use at once, and an element-wise operation
+# outside a processor's second-level cache (1 to 2 MB) costs three times one inside it. A constant, not the size
+# of the cache found: results must not differ in the last bit between machines. A GPU wants large matrices.
+TILE_BYTES = {"cpu": 512 << 10, "cuda": 256 << 20}
 # Bytes of target logits kept from the first sweep to the last for one slice of tokens, all vocabulary.
 KEPT_BYTES = {"cpu": 96 << 20, "cuda": 1 << 30}
 # Tokens by which a matrix product runs at full speed, with the vocabulary as the other side.
@@ -55,13 +46,22 @@ def tiles(tokens: int, vocabulary: int, device: str, chunk: int | None, kept: bo
             fitting = KEPT_BYTES.get(device, KEPT_BYTES["cuda"]) // (4 * vocabulary)
             chunk = min(chunk, max(fitting - fitting % 16, 1))
     chunk = max(1, min(chunk, tokens, elements // min(vocabulary, FEWEST)))
-    return chunk, max(min(elements // chunk, vocabulary), 1)
+    width = elements // chunk
+    return chunk, max(min(width - width % 64 or width, vocabulary), 1)
 
 
-def part(head: Head, columns: slice) -> Head:
-    """The head of some of the vocabulary."""
-    bias = None if head.bias is None else head.bias[columns]
-    return replace(head, weight=head.weight[columns], bias=bias)
+def cut(head: Head, columns: Sequence[slice]) -> list[Head]:
+    """The head in parts of the vocabulary."""
+    biases = [None if head.bias is None else head.bias[part] for part in columns]
+    return [replace(head, weight=head.weight[part], bias=bias) for part, bias in zip(columns, biases)]
+
+
+def fill(out: Tensor, head: Head, hidden: Tensor, temperature: float) -> Tensor:
+    """`Head.logits` into out, `[c, v]`; without a copy where nothing follows the product."""
+    plain = head.bias is None and head.softcap is None and head.scale == 1.0 == temperature
+    if plain and head.weight.dtype == hidden.dtype == torch.float32:
+        return torch.mm(hidden, head.weight.T, out=out)
+    return out.copy_(head.logits(hidden, temperature))
 
 
 def has_gaps(heads: Sequence[Head]) -> bool:
@@ -69,67 +69,140 @@ def has_gaps(heads: Sequence[Head]) -> bool:
     return any(head.bias is not None and not bool(head.bias.isfinite().all()) for head in heads)
 
 
-def expectation(p: Tensor, values: Tensor, gaps: bool) -> Tensor:
-    """`sum_v p values`, `[c]`, where p = 0 counts as 0 whatever the value."""
-    return torch.linalg.vecdot(p, values.masked_fill(p == 0, 0.0) if gaps else values)
+class Scratch:
+    """Tile-sized memory, used over and over so that it stays in the cache."""
+
+    def __init__(self, count: int, elements: int, device: torch.device) -> None:
+        self.elements = elements
+        self._memory = torch.empty(count, elements, device=device)
+        self._views: dict[tuple[int, int], list[Tensor]] = {}
+
+    def tiles(self, tokens: int, vocabulary: int) -> list[Tensor]:
+        """`[tokens, vocabulary]` each; what they hold is anything."""
+        if (tokens, vocabulary) not in self._views:
+            used = self._memory[:, : tokens * vocabulary]
+            self._views[tokens, vocabulary] = [flat.view(tokens, vocabulary) for flat in used]
+        return self._views[tokens, vocabulary]
 
 
-class Moments:
-    """Sums over the vocabulary for one slice of tokens, each `[c]`, relative to the largest logit so far.
+def expectation(p: Tensor, values: Tensor, gaps: bool, scratch: Tensor, out: Tensor) -> None:
+    """`sum_v p values` into out, `[c]`; p = 0 counts as 0 whatever the value."""
+    torch.mul(p, values, out=scratch)
+    if gaps:
+        scratch.masked_fill_(p == 0, 0.0)
+    torch.sum(scratch, -1, out=out)
+
+
+class Sums:
+    """Sums over the vocabulary for c tokens, a row `[c]` for each part, relative to its largest logit.
 
     top: that logit; total: `sum exp(z - top)`; first: `sum exp(z - top) (z - top)`; cross: the same with the
-    centred logits of another distribution; best: the token of the largest logit.
+    logits of another distribution, relative to its own top. best: the token of the largest logit of all.
     """
 
-    def __init__(self, tokens: int, device: torch.device) -> None:
-        self.top = torch.full((tokens,), LOWEST, device=device)
-        self.total = torch.zeros(tokens, device=device)
-        self.first = torch.zeros(tokens, device=device)
-        self.cross = torch.zeros(tokens, device=device)
+    def __init__(self, parts: int, tokens: int, device: torch.device) -> None:
+        self.top, self.total, self.first, self.cross = torch.zeros(4, parts, tokens, device=device).unbind()
         self.best = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self._largest = torch.full((tokens,), -torch.inf, device=device)
 
-    def raise_top(self, logits: Tensor, offset: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Take in the largest logit of a part that starts at token `offset`.
+    def centre(self, index: int, logits: Tensor, out: Tensor) -> Tensor:
+        """Part `index` of the logits, relative to the largest there, into out (may be logits)."""
+        top = torch.amax(logits, -1, out=self.top[index]).clamp_min_(LOWEST)
+        return torch.sub(logits, top.unsqueeze(-1), out=out)
 
-        Gives logits relative to it, their exponentials, and by how much it grew, `[c, v]`, `[c, v]`, `[c]`.
-        """
-        top = logits.amax(-1)
-        higher = top > self.top
-        if offset is not None:
-            rows = higher.nonzero().squeeze(-1)  # few after the first part, and argmax is slow
-            self.best[rows] = logits[rows].argmax(-1) + offset
-        top = torch.where(higher, top, self.top)
-        growth, self.top = top - self.top, top
-        centred = logits - top.unsqueeze(-1)
-        return centred, centred.exp(), growth
+    def find_best(self, index: int, logits: Tensor, offset: int) -> None:
+        """After `centre`, before logits are overwritten. Few rows after the first part, for argmax is slow."""
+        rows = (self.top[index] > self._largest).nonzero().squeeze(-1)
+        self.best[rows] = logits[rows].argmax(-1).add_(offset)
+        torch.maximum(self._largest, self.top[index], out=self._largest)
 
-    def add(self, p: Tensor, centred: Tensor, growth: Tensor, gaps: bool) -> None:
-        decay = (-growth).exp()
-        self.first = (self.first - self.total * growth) * decay + expectation(p, centred, gaps)
-        self.total = self.total * decay + p.sum(-1)
+    def add(self, index: int, centred: Tensor, gaps: bool, p: Tensor, scratch: Tensor) -> Tensor:
+        """Fills and gives p, the exponentials of centred logits."""
+        torch.exp(centred, out=p)
+        torch.sum(p, -1, out=self.total[index])
+        expectation(p, centred, gaps, scratch, self.first[index])
+        return p
 
-    def add_cross(self, p: Tensor, growth: Tensor, other: Tensor, other_growth: Tensor, gaps: bool) -> None:
-        """Before `add`: other, other_growth are the other's centred logits and its growth."""
-        kept = (self.cross - self.total * other_growth) * (-growth).exp()
-        self.cross = kept + expectation(p, other, gaps)
+    def combine(self) -> Moments:
+        top = self.top.amax(0)
+        lower = self.top - top
+        decay = lower.exp()
+        first = ((self.first + self.total * lower) * decay).sum(0)
+        return Moments(top, (self.total * decay).sum(0), first)
 
-    @property
-    def log_total(self) -> Tensor:
-        """Log-normaliser `[c]`, relative to `top`."""
-        return self.total.log()
+    def combine_cross(self, other: Sums) -> Tensor:
+        """`sum exp(z - top) (u - top of u)`, `[c]`, with the logits u that `other` saw."""
+        lower = other.top - other.top.amax(0)
+        return ((self.cross + self.total * lower) * (self.top - self.top.amax(0)).exp()).sum(0)
+
+
+class Moments(NamedTuple):
+    """Sums over all of the vocabulary, `[c]`; see `Sums`."""
+
+    top: Tensor
+    total: Tensor
+    first: Tensor
 
     @property
     def log_normaliser(self) -> Tensor:
-        return self.top + self.log_total
+        return self.top + self.total.log()
 
     @property
     def entropy(self) -> Tensor:
-        return self.log_total - self.first / self.total
+        return self.total.log() - self.first / self.total
 
 
-def kl(p: Moments, q: Moments) -> Tensor:
-    """`KL(p || q)`, `[c]`, from the moments of p (cross with q) and the normaliser of q."""
-    return (p.first - p.cross) / p.total - p.log_total + q.log_total
+def kl(p: Moments, q: Moments, cross: Tensor) -> Tensor:
+    """`KL(p || q)`, `[c]`. cross: of p with q, see `Sums.combine_cross`."""
+    return (p.first - cross) / p.total - p.total.log() + q.total.log()
+
+
+class Gradients:
+    """Sums of gradients in float32: hidden `[T, D]`, weight `[V, D]`, bias `[V]`, each where it is wanted."""
+
+    def __init__(self, hidden: Tensor, head: Head, temperature: float, wanted: Sequence[bool]) -> None:
+        parts = (hidden, head.weight, head.bias)
+        sums = [
+            torch.zeros_like(like, dtype=torch.float32) if want and like is not None else None
+            for like, want in zip(parts, wanted)
+        ]
+        self.hidden, self.weight, self.bias = sums
+        self._from, self._head = hidden, head
+        self._factor = head.scale / temperature
+        self._to_cap = None if head.softcap is None else temperature / head.softcap
+
+    @property
+    def wanted(self) -> bool:
+        return any(sums is not None for sums in (self.hidden, self.weight, self.bias))
+
+    def shaping(self, logits: Tensor) -> Tensor | None:
+        """Derivative of soft-capping at those logits, taken before they are overwritten; None without."""
+        return None if self._to_cap is None else 1 - (logits * self._to_cap).square_()
+
+    def add(
+        self, at_logits: Tensor, shaping: Tensor | None, tokens: slice, columns: slice, weights: Tensor | None
+    ) -> None:
+        """Take in the gradient `[c, v]` of one tile. weights: `[c]`, of the tokens in the sums over tokens."""
+        at_product = at_logits if shaping is None else at_logits.mul_(shaping)
+        matrix = self._head.weight[columns]
+        low = at_product.to(matrix.dtype)
+        if self.hidden is not None:
+            _add_product(self.hidden[tokens], low, matrix, self._factor)
+        if self.weight is not None:
+            inputs = self._from[tokens].to(matrix.dtype)
+            inputs = inputs if weights is None else inputs * weights.unsqueeze(-1).to(matrix.dtype)
+            _add_product(self.weight[columns], low.T, inputs, self._factor)
+        if self.bias is not None:
+            total = at_product.sum(0) if weights is None else weights @ at_product
+            self.bias[columns].add_(total, alpha=self._factor)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """`total += factor * left @ right`, the sum in float32."""
+    if right.dtype == torch.float32:
+        total.addmm_(left, right, alpha=factor)
+    else:
+        total.add_(left @ right, alpha=factor)
 
 
 @dataclass(frozen=True)
@@ -144,139 +217,38 @@ class Target:
     temperature: float
     gaps: bool
 
-    def logits(self, tokens: slice, columns: slice, seen: Sequence[Moments | None] = ()) -> Tensor:
-        """`[c, v]`, own memory. seen: gathers the normaliser of those roles that are not None."""
-        logits, weights = [], []
-        for index, (hidden, head, weight) in enumerate(self.roles):
-            z = part(head, columns).logits(hidden[tokens], self.temperature)
-            if seen and (moments := seen[index]) is not None:
-                centred, p, growth = moments.raise_top(z)
-                moments.add(p, centred, growth, self.gaps)
-            logits.append(z)
-            weights.append(weight[tokens].float() if isinstance(weight, Tensor) else weight)
-        if not self.gaps:
-            return _weighted_sum(logits, weights)
-        combined = log_linear_sampled(logits, weights)
-        if bool((combined == torch.inf).any()):
-            log_linear(logits, weights)  # raises: the target is infinite
-        return combined
+    def cut(self, columns: Sequence[slice]) -> list[list[Head]]:
+        """The heads of all roles for each part of the vocabulary."""
+        return [list(heads) for heads in zip(*(cut(head, columns) for _, head, _ in self.roles))]
 
-
-def _weighted_sum(logits: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
-    """`sum_i w_i z_i` of finite logits, in the memory of the first; where w = 0 the logits may be NaN."""
-    for index, (z, weight) in enumerate(zip(logits, weights)):
-        if isinstance(weight, Tensor):
-            z.mul_(weight.unsqueeze(-1))
-            z[weight == 0] = 0.0
-        elif weight != 1:
-            z.mul_(weight)
-        if index:
-            logits[0].add_(z)
-    return logits[0]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A divergence in one of two forms.
-
-    middle None: `reverse KL(S || T) + forward KL(T || S)`. Otherwise `reverse KL(S || m) + forward KL(T || m)`
-    with `m = middle T + (1 - middle) S`.
-    """
-
-    reverse: float
-    forward: float
-    middle: float | None = None
-
-    @property
-    def balanced(self) -> bool:
-        """Whether the weights are those of the mixture (JSD): the derivative through m is then constant."""
-        return self.middle is not None and self.forward * (1 - self.middle) == self.reverse * self.middle
-
-
-def rule(divergence: Divergence) -> Rule:
-    kind, p = divergence.kind, divergence.parameter or 0.0
-    if kind == "reverse_kl" or (kind, p) in (("skew_reverse_kl", 0), ("rescaled_jsd", 1)):
-        return Rule(1.0, 0.0)
-    if kind == "forward_kl" or (kind, p) in (("skew_forward_kl", 0), ("rescaled_jsd", 0)):
-        return Rule(0.0, 1.0)
-    if kind == "mixed_kl":
-        return Rule(p, 1 - p)
-    if kind == "skew_forward_kl":
-        return Rule(0.0, 1.0, p)
-    if kind == "skew_reverse_kl":
-        return Rule(1.0, 0.0, 1 - p)
-    scale = 1.0 if kind == "jsd" else 1 / (p * (1 - p))
-    return Rule((1 - p) * scale, p * scale, p)
-
-
-def slope_to_middle(
-    rule: Rule, student: Tensor, target: Tensor, gaps: bool, sums: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Derivative of the divergence at the student's probabilities, `[c, v]`, up to a constant per token.
-
-    student, target: normalised log-probs; overwritten. sums: also this part of the divergence, `[c]`, and of
-    the student's expectation of the slope, `[c]`.
-    """
-    assert rule.middle is not None
-    s, t = student.exp(), target.exp()
-    middle = torch.add(t * rule.middle, s, alpha=1 - rule.middle).clamp_min_(SMALLEST)
-    log_middle = middle.log()
-    value = None
-    slope = student.sub_(log_middle)  # log(S / m)
-    if sums:
-        value = torch.zeros(len(s), device=s.device)
-        if rule.reverse:
-            value += rule.reverse * expectation(s, slope, gaps)
-        if rule.forward:
-            value += rule.forward * expectation(t, target.sub_(log_middle), gaps)
-    slope = slope.mul_(rule.reverse) if rule.reverse else torch.zeros_like(slope)
-    if not rule.balanced:
-        through = t.mul_(rule.forward) if rule.forward else s * rule.reverse
-        slope.addcdiv_(through, middle, value=rule.middle - 1)
-    return slope, value, expectation(s, slope, gaps) if sums else None
-
-
-def at_logits(
-    rule: Rule, z: Tensor, u: Tensor, z_normaliser: Tensor, u_normaliser: Tensor, mean: Tensor, gaps: bool
-) -> Tensor:
-    """Gradient `[c, v]` of the divergence at the student's logits z; overwrites z.
-
-    u: the target's logits, or the slope where the rule has a middle. mean: student's expectation of the slope
-    (reverse KL itself, without a middle).
-    """
-    s = (z - z_normaliser.unsqueeze(-1)).exp_()
-    if rule.middle is not None:
-        slope = torch.sub(u, mean.unsqueeze(-1), out=z)
-    elif rule.reverse:
-        slope = z.sub_(u).sub_((z_normaliser - u_normaliser + mean).unsqueeze(-1))
-    else:
-        return s.sub_((u - u_normaliser.unsqueeze(-1)).exp_())
-    if gaps:
-        slope.masked_fill_(s == 0, 0.0)
-    gradient = slope.mul_(s)
-    if rule.middle is None and rule.reverse != 1:
-        gradient.mul_(rule.reverse)
-    if rule.middle is None and rule.forward:
-        gradient.add_(s, alpha=rule.forward)
-        gradient.sub_((u - u_normaliser.unsqueeze(-1)).exp_(), alpha=rule.forward)
-    return gradient
-
-
-@dataclass
-class Gradients:
-    """Sums of gradients in float32: hidden `[T, D]`, weight `[V, D]`, bias `[V]`, each where it is wanted."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    shaping: Head
-    temperature: float
-    _rows: Tensor | None = field(default=None)
-
-    @classmethod
-    def zeros(cls, hidden: Tensor, head: Head, temperature: float, wanted: Sequence[bool]) -> Gradients:
-        def of(tensor: Tensor | None, want: bool) -> Tensor | None:
-            return torch.zeros_like(tensor, dtype=torch.float32) if want and tensor is not None else None
-
-        parts = [of(tensor, want) for tensor, want in zip((hidden, head.weight, head.bias), wanted)]
-        return cls(*parts, head, temperature)
+    def fill(
+        self,
+        out: Tensor,
+        heads: Sequence[Head],
+        tokens: slice,
+        scratch: Tensor,
+        read: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Logits into out, `[c, v]`. heads: of the roles, one part. read: is shown every role's own logits."""
+        logits = []
+        weights = [w[tokens].float() if isinstance(w, Tensor) else w for _, _, w in self.roles]
+        for index, ((hidden, _, _), head, weight) in enumerate(zip(self.roles, heads, weights)):
+            memory = out if index == 0 else torch.empty_like(out) if self.gaps else scratch
+            z = fill(memory, head, hidden[tokens], self.temperature)
+            if read is not None:
+                read(index, z)
+            if self.gaps:
+                logits.append(z)
+            elif isinstance(weight, Tensor):
+                z.mul_(weight.unsqueeze(-1))
+                z[weight == 0] = 0.0  # what is not read may be NaN
+            elif weight != 1:
+                z.mul_(weight)
+            if index and not self.gaps:
+                out.add_(z)
+        if self.gaps:
+            combined = log_linear_sampled(logits, weights)
+            if bool((combined == torch.inf).any()):
+                log_linear(logits, weights)  # raises: the target is infinite
+            out.copy_(combined)
+        return out

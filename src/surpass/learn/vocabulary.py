@@ -1,29 +1,27 @@
 """Whole-vocabulary quantities from hidden states, without ever holding `[T, V]`.
 
-Logits are made for a few tokens at a time, used, and thrown away; the backward pass makes them again. What is
-kept between the two passes is `[T, D]` and `[T]`. Gradients go to the student's hidden states and to the
-weight and bias of its head, summed over tiles in float32.
+Logits are made a tile at a time, used, and thrown away. Between forward and backward pass stay `[T, D]`, `[T]`
+and, for divergences, the gradient `[V, D]` of the head. Gradients go to the student's hidden states and to the
+weight and bias of its head, summed over tiles in float32. With a bfloat16 head each logit and each entry of the
+gradient at the logits is rounded to 8 bits once (2^-9 of its size); all sums stay float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from surpass.learn.divergence import Divergence, entropy
+from surpass.learn.derivatives import rule
+from surpass.learn.divergence import Divergence
+from surpass.learn.fused import TILE_BYTES as TILE_BYTES
+from surpass.learn.fused import Gradients, Scratch, Sums, Target, cut, has_gaps, spans, tiles
+from surpass.learn.fused_divergence import FusedDivergence, Problem
 from surpass.learn.head import Head
-from surpass.learn.targets import Weight, log_linear
-
-# Bytes of one tile of float32 logits; about a dozen tensors of that size live at once. A CPU is fastest near
-# its cache; a GPU needs large tiles, or it waits for the weight gradient to be read and written.
-TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
-
-# From the logits `[c, V]` of the tokens in a slice to `[c, m]` columns.
-Columns = Callable[[Tensor, slice], Tensor]
+from surpass.learn.targets import Weight
 
 
 class TokenLogp(NamedTuple):
@@ -67,33 +65,18 @@ def token_logp(
 ) -> TokenLogp:
     """Log-prob of token `ids` `[T]` after states `hidden` `[T, D]`, and the entropy there.
 
-    chunk: tokens per tile, by default as many as fit the memory budget. entropy_gradient: entropy takes part
-    in the backward pass (an entropy bonus); otherwise it is detached and costs nothing there.
+    chunk: tokens per tile, by default what suits the device. entropy_gradient: entropy takes part in the
+    backward pass (an entropy bonus); otherwise it is detached and costs nothing there.
     """
-
-    def chosen(logits: Tensor, span: slice) -> Tensor:
-        logp = logits.log_softmax(-1)
-        columns = [logp.gather(-1, ids[span].unsqueeze(-1))]
-        return torch.cat([*columns, entropy(logp).unsqueeze(-1)], -1) if entropy_gradient else columns[0]
-
-    def all_columns(logits: Tensor, span: slice) -> Tensor:
-        logp = logits.log_softmax(-1)
-        return torch.stack([logp.gather(-1, ids[span].unsqueeze(-1)).squeeze(-1), entropy(logp)], -1)
-
-    out = _tiled(hidden, head, temperature, chunk, all_columns, chosen)
-    return TokenLogp(out[:, 0], out[:, 1] if entropy_gradient else out[:, 1].detach())
+    logp, entropy = _selected(hidden, head, ids.unsqueeze(-1), temperature, chunk)
+    return TokenLogp(logp.squeeze(-1), entropy if entropy_gradient else entropy.detach())
 
 
 def support_logp(
     hidden: Tensor, head: Head, ids: Tensor, temperature: float = 1.0, chunk: int | None = None
 ) -> Tensor:
     """Log-probs `[T, K]` of the support `ids` `[T, K]` under the full distribution, differentiable."""
-
-    def columns(logits: Tensor, span: slice) -> Tensor:
-        # gather before the normalisation: the gradient of a [c, V] log-softmax is never built
-        return logits.gather(-1, ids[span]) - torch.logsumexp(logits, -1, keepdim=True)
-
-    return _tiled(hidden, head, temperature, chunk, columns, columns)
+    return _selected(hidden, head, ids, temperature, chunk)[0]
 
 
 @torch.no_grad()
@@ -105,11 +88,22 @@ def top_k(
         raise ValueError(f"k must be between 1 and the vocabulary of {head.vocabulary}, found {k}")
     ids = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
     logp = torch.empty(len(hidden), k, device=hidden.device)
-    for span in _spans(hidden, head, chunk):
-        logits = head.logits(hidden[span], temperature)
-        best = logits.topk(k, dim=-1)
-        ids[span] = best.indices
-        logp[span] = best.values - torch.logsumexp(logits, -1, keepdim=True)
+    step, width = tiles(len(hidden), head.vocabulary, hidden.device.type, chunk, kept=False)
+    columns, gaps = spans(head.vocabulary, width), has_gaps([head])
+    heads, scratch = cut(head, columns), Scratch(2, step * width, hidden.device)
+    for tokens in spans(len(hidden), step):
+        sums = Sums(len(heads), len(hidden[tokens]), hidden.device)
+        values, found = [], []
+        for index, part in enumerate(heads):
+            z = part.logits(hidden[tokens], temperature)
+            best = z.topk(min(k, part.vocabulary), -1)
+            values.append(best.values)
+            found.append(best.indices + columns[index].start)
+            sums.add(index, sums.centre(index, z, z), gaps, *scratch.tiles(*z.shape))
+        # stable: of equal logits the first token is the better one
+        best, order = torch.cat(values, -1).sort(stable=True, dim=-1, descending=True)
+        ids[tokens] = torch.cat(found, -1).gather(-1, order[:, :k])
+        logp[tokens] = best[:, :k] - sums.combine().log_normaliser.unsqueeze(-1)
     return ids, logp
 
 
@@ -120,6 +114,7 @@ def log_linear_divergence(
     divergence: Divergence,
     temperature: float = 1.0,
     chunk: int | None = None,
+    loss_weight: Tensor | None = None,
 ) -> VocabularyDivergence:
     """Divergence `[t]` between the student and the log-linear target `log q = sum_i w_i log p_i + const`.
 
@@ -127,6 +122,10 @@ def log_linear_divergence(
     smallest of the student's and of those read) before the softmax; what that drops is reported. A term whose
     weight is the float 0 is not read at all. Gradients reach the student alone. Raises ValueError if a term
     has another number of tokens.
+
+    loss_weight: `[t]`, what each value will be multiplied by in the loss, up to a common factor; equal by
+    default. A matter of speed, never of the result: the gradient of the head is summed with these weights
+    while the logits are there, and if the loss then weighs the tokens otherwise, all logits are made again.
     """
     used = [term for term in terms if isinstance(term.weight, Tensor) or term.weight != 0]
     for term in used:
@@ -135,63 +134,39 @@ def log_linear_divergence(
                 f"the student has {len(student_hidden)} tokens, a role of the target has {len(term.hidden)}; "
                 "all must be scored on the same response tokens"
             )
-    shared = min([student_head.vocabulary, *(term.head.vocabulary for term in used)])
-
-    def target(span: slice) -> tuple[Tensor, Tensor]:
-        logps, weights, dropped = [], [], []
-        for hidden, head, weight in used:
-            logits = head.logits(hidden[span], temperature)
-            weight = weight[span] if isinstance(weight, Tensor) else weight
-            outside = _dropped(logits, shared)
-            dropped.append(torch.where(weight != 0, outside, 0) if isinstance(weight, Tensor) else outside)
-            logps.append(logits[:, :shared].log_softmax(-1))
-            weights.append(weight)
-        return log_linear(logps, weights), torch.stack(dropped).amax(0)
-
-    def value(logits: Tensor, span: slice) -> Tensor:
-        with torch.no_grad():
-            target_logp, _ = target(span)
-        return divergence(logits[:, :shared].log_softmax(-1), target_logp).unsqueeze(-1)
-
-    def all_columns(logits: Tensor, span: slice) -> Tensor:
-        target_logp, target_dropped = target(span)
-        student_logp = logits[:, :shared].log_softmax(-1)
-        agree = (student_logp.argmax(-1) == target_logp.argmax(-1)).to(student_logp.dtype)
-        columns = [divergence(student_logp, target_logp), entropy(student_logp), entropy(target_logp), agree]
-        return torch.stack([*columns, _dropped(logits, shared), target_dropped], -1)
-
-    out = _tiled(student_hidden, student_head, temperature, chunk, all_columns, value)
-    return VocabularyDivergence(out[:, 0], *out[:, 1:].detach().unbind(-1))
+    if not used:
+        weights = [term.weight for term in terms]
+        raise ValueError(f"all target weights are 0 ({weights}): no role is left to learn from")
+    problem = Problem(
+        student_head,
+        Target(
+            [(term.hidden.detach(), term.head, term.weight) for term in used],
+            min([student_head.vocabulary, *(term.head.vocabulary for term in used)]),
+            temperature,
+            has_gaps([student_head, *(term.head for term in used)]),
+        ),
+        rule(divergence),
+        chunk,
+        loss_weight,
+        torch.is_grad_enabled(),
+    )
+    out = FusedDivergence.apply(student_hidden, student_head.weight, student_head.bias, problem)
+    return VocabularyDivergence(out[0], *out[1].unbind(-1))  # type: ignore[index]
 
 
-def _dropped(logits: Tensor, shared: int) -> Tensor:
-    """`[c]`: probability of the tokens from `shared` on; exactly 0 where there are none."""
-    if logits.shape[-1] == shared:
-        return logits.new_zeros(len(logits))
-    return (torch.logsumexp(logits[:, shared:], -1) - torch.logsumexp(logits, -1)).exp()
+def _selected(
+    hidden: Tensor, head: Head, ids: Tensor, temperature: float, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs `[T, K]` of `ids` `[T, K]` and entropies `[T]`."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < head.vocabulary:
+        raise ValueError(
+            f"token ids must lie in 0 to {head.vocabulary - 1} (the head's vocabulary), found "
+            f"{int(ids.min())} to {int(ids.max())}; does the tokenizer belong to this model?"
+        )
+    return _Selected.apply(hidden, head.weight, head.bias, head, ids, temperature, chunk)  # type: ignore
 
 
-def _spans(hidden: Tensor, head: Head, chunk: int | None) -> list[slice]:
-    """Slices of tokens, at least one (perhaps empty)."""
-    if chunk is None:
-        budget = TILE_BYTES.get(hidden.device.type, TILE_BYTES["cuda"])
-        chunk = max(1, budget // (4 * head.vocabulary))
-    elif chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token, found {chunk}")
-    return [slice(start, min(start + chunk, len(hidden))) for start in range(0, max(len(hidden), 1), chunk)]
-
-
-def _tiled(
-    hidden: Tensor, head: Head, temperature: float, chunk: int | None, forward: Columns, backward: Columns
-) -> Tensor:
-    """`forward` on every tile, `[T, m]`. `backward` gives the leading columns alone, those with a
-    gradient.
-    """
-    arguments = (hidden, head.weight, head.bias, head, temperature, chunk, forward, backward)
-    return _Tiled.apply(*arguments)  # type: ignore[return-value]
-
-
-class _Tiled(torch.autograd.Function):
+class _Selected(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
@@ -199,55 +174,64 @@ class _Tiled(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
+        ids: Tensor,
         temperature: float,
         chunk: int | None,
-        forward: Columns,
-        backward: Columns,
-    ) -> Tensor:
-        spans = _spans(hidden, head, chunk)
+    ) -> tuple[Tensor, Tensor]:
+        gaps = has_gaps([head])
+        sides = tiles(len(hidden), head.vocabulary, hidden.device.type, chunk, kept=False)
+        columns = spans(head.vocabulary, sides[1])
+        heads, scratch = cut(head, columns), Scratch(2, sides[0] * sides[1], hidden.device)
+        logp = torch.zeros(ids.shape, device=hidden.device)
+        normaliser, entropy = (torch.zeros(len(hidden), device=hidden.device) for _ in range(2))
+        for tokens in spans(len(hidden), sides[0]):
+            states, wanted, chosen = hidden[tokens], ids[tokens], logp[tokens]
+            sums = Sums(len(heads), len(states), hidden.device)
+            for index, part in enumerate(heads):
+                z = part.logits(states, temperature)
+                inside, place = _within(wanted, columns[index])
+                chosen.copy_(torch.where(inside, z.gather(-1, place), chosen))
+                sums.add(index, sums.centre(index, z, z), gaps, *scratch.tiles(*z.shape))
+            moments = sums.combine()
+            # first to the largest logit, then to the normaliser: no digits are lost to the size of the logits
+            chosen.sub_(moments.top.unsqueeze(-1)).sub_(moments.total.log().unsqueeze(-1))
+            normaliser[tokens], entropy[tokens] = moments.log_normaliser, moments.entropy
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.head, ctx.temperature, ctx.spans, ctx.columns = head, temperature, spans, backward
-        return torch.cat([forward(head.logits(hidden[span], temperature), span) for span in spans])
+        ctx.head, ctx.ids, ctx.temperature, ctx.sides, ctx.gaps = head, ids, temperature, sides, gaps
+        ctx.normaliser, ctx.entropy = normaliser, entropy
+        ctx.set_materialize_grads(False)
+        return logp, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        hidden_gradient = torch.zeros_like(hidden) if needs_hidden else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-        for span in ctx.spans:
-            logits = ctx.head.logits(hidden[span], ctx.temperature)
-            with torch.enable_grad():
-                leaf = logits.detach().requires_grad_()
-                columns = ctx.columns(leaf, span)
-            (at_logits,) = torch.autograd.grad(columns, leaf, gradient[span, : columns.shape[-1]])
-            at_product = _before_shaping(at_logits, logits, ctx.head, ctx.temperature)
-            low = at_product.to(weight.dtype)
-            if hidden_gradient is not None:
-                hidden_gradient[span] = (low @ weight).to(hidden.dtype)
-            if weight_gradient is not None:
-                inputs = hidden[span].to(weight.dtype)
-                if weight.dtype == torch.float32:
-                    weight_gradient.addmm_(low.T, inputs)
-                else:
-                    weight_gradient += low.T @ inputs
-            if bias_gradient is not None:
-                bias_gradient += at_product.sum(0)
-        return (
-            hidden_gradient,
-            None if weight_gradient is None else weight_gradient.to(weight.dtype),
-            None if bias_gradient is None else bias_gradient.to(bias.dtype),
-            *[None] * 5,
-        )
+        of_logp, of_entropy = incoming
+        of_logp = torch.zeros(ctx.ids.shape, device=hidden.device) if of_logp is None else of_logp
+        total = of_logp.sum(-1, keepdim=True)
+        gradients = Gradients(hidden, ctx.head, ctx.temperature, ctx.needs_input_grad[:3])
+        columns = spans(ctx.head.vocabulary, ctx.sides[1])
+        scratch = Scratch(1, ctx.sides[0] * ctx.sides[1], hidden.device)
+        for part_columns, part in zip(columns, cut(ctx.head, columns)):
+            for tokens in spans(len(hidden), ctx.sides[0]):
+                z = part.logits(hidden[tokens], ctx.temperature)
+                shaping = gradients.shaping(z)
+                log_p = z.sub_(ctx.normaliser[tokens].unsqueeze(-1))
+                p = torch.exp(log_p, out=scratch.tiles(*z.shape)[0])
+                if of_entropy is None:
+                    gradient = p.mul_(-total[tokens])
+                else:  # the entropy's: -p (log p + entropy)
+                    surprise = log_p.masked_fill_(p == 0, 0.0) if ctx.gaps else log_p
+                    surprise.add_(ctx.entropy[tokens].unsqueeze(-1)).mul_(of_entropy[tokens].unsqueeze(-1))
+                    gradient = surprise.add_(total[tokens]).mul_(p).neg_()
+                inside, place = _within(ctx.ids[tokens], part_columns)
+                gradient.scatter_add_(-1, place, torch.where(inside, of_logp[tokens], 0.0))
+                gradients.add(gradient, shaping, tokens, part_columns, None)
+        results = zip((gradients.hidden, gradients.weight, gradients.bias), (hidden, weight, bias))
+        return *(None if found is None else found.to(like.dtype) for found, like in results), *[None] * 4
 
 
-def _before_shaping(gradient: Tensor, logits: Tensor, head: Head, temperature: float) -> Tensor:
-    """The gradient at the matrix product, from that at the logits `Head.logits` made of it."""
-    if temperature != 1.0:
-        gradient = gradient / temperature
-    if head.softcap is not None:
-        gradient = gradient * (1 - (logits * (temperature / head.softcap)).square())
-    return gradient if head.scale == 1.0 else gradient * head.scale
+def _within(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Which ids fall into these columns, and their place there (some valid place for the others)."""
+    inside = (ids >= columns.start) & (ids < columns.stop)
+    return inside, (ids - columns.start).clamp_(0, columns.stop - columns.start - 1)

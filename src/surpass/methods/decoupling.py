@@ -30,7 +30,6 @@ from surpass.learn.aggregate import Loss
 from surpass.learn.divergence import Divergence
 from surpass.methods.base import Method, Needs, divergence_metrics
 from surpass.methods.run import Run
-from surpass.methods.supervised_kd import stream_of
 from surpass.records import Prompt, Rollouts
 from surpass.roles.scoring import Want
 
@@ -133,7 +132,7 @@ class Decoupling(Method):
         kind = self.kind()
         found = run.divergence(batch, run.student_hidden(batch), {"teacher": 1.0}, kind)
         metrics = {kind.kind: found.value.detach(), **divergence_metrics(found)}
-        return Loss((self.term(kind.kind, found.value, stream_of(batch)),), metrics)
+        return Loss((self.term(kind.kind, found.value, self.prefix),), metrics)
 
     def state_dict(self) -> dict[str, Any]:
         return {"stage": self.stage, "done": self.done, "stopped": self.stopped} if self.caps else {}

@@ -28,9 +28,10 @@ from surpass.learn.divergence import Divergence
 from surpass.learn.weights import beta_kernel
 from surpass.methods.base import Method, Needs, Reduction, RoleSpec, divergence_metrics
 from surpass.methods.run import Run
-from surpass.methods.supervised_kd import stream_of
 from surpass.records import Prompt, Rollouts
 from surpass.roles.scoring import Want
+
+FORWARD_KL, REVERSE_KL = Divergence("forward_kl"), Divergence("reverse_kl")
 
 
 @dataclass(kw_only=True)
@@ -47,8 +48,8 @@ class PACED(Method):
     """Share of the steps with forward KL on given text, the first ones; null: 1 to distil, 0 to self-distil."""
     text: Literal["data", "teacher"] = "data"
     """Whose text the forward stage reads: the data set's `response`, or the teacher's own."""
-    context: Literal["solution", "hint", "demonstration"] = "solution"
-    """The privileged text that the self-teacher reads (`self_distillation`)."""
+    context: Literal["solution", "silent_key", "hint", "demonstration"] = "solution"
+    """What the self-teacher reads besides the problem (`self_distillation`); `silent_key`: the bare answer."""
     alpha: float = 1.0
     """Exponent of p: larger favours easier prompts. With beta 0 too, prompts are not weighed and nothing is estimated."""
     beta: float = 1.0
@@ -127,7 +128,8 @@ class PACED(Method):
         kernel = beta_kernel(
             torch.tensor(list(self.rates.values()), dtype=torch.float64), self.alpha, self.beta
         )
-        scale = float(kernel[kernel > 0].mean())
+        positive = kernel[kernel > 0]
+        scale = float(positive.mean()) if len(positive) else 1.0
         known = dict(zip(self.rates, (kernel / scale).tolist(), strict=True))
         return [known.get(i, 0.0) for i in ids]
 
@@ -162,8 +164,8 @@ class PACED(Method):
         return run.from_data(prompts) if self.text == "data" else run.write_by_teacher(prompts, self.samples)
 
     def loss(self, run: Run, batch: Rollouts) -> Loss:
-        stream = stream_of(batch)
-        kind = Divergence("reverse_kl" if stream == "student" else "forward_kl")
+        forward = self.forward(run)
+        stream, kind = (self.text, FORWARD_KL) if forward else ("student", REVERSE_KL)
         found = run.divergence(batch, run.student_hidden(batch), {"teacher": 1.0}, kind)
         values = found.value
         if "weight" in batch.sequence:

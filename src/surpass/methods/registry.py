@@ -16,8 +16,10 @@ from types import ModuleType
 from typing import Any
 
 from surpass.methods.base import Method
+from surpass.methods.brts import BRTS
 from surpass.methods.context_distillation import ContextDistillation
 from surpass.methods.dapo import DAPO
+from surpass.methods.decoupling import Decoupling
 from surpass.methods.dr_grpo import DrGRPO
 from surpass.methods.exopd import ExOPD
 from surpass.methods.gkd import GKD
@@ -27,11 +29,13 @@ from surpass.methods.minillm import MiniLLM
 from surpass.methods.opd import OPD
 from surpass.methods.paced import PACED
 from surpass.methods.reopd import REOPD
+from surpass.methods.rethinking_opd import RethinkingOPD
 from surpass.methods.rloo import RLOO
 from surpass.methods.sequence_kd import SequenceKD
 from surpass.methods.sft import SFT
 from surpass.methods.supervised_kd import SupervisedKD
 from surpass.methods.tip import TIP
+from surpass.methods.trd import TRD
 from surpass.methods.uni_opd import UniOPD
 
 METHODS: dict[str, type[Method]] = {
@@ -46,6 +50,10 @@ METHODS: dict[str, type[Method]] = {
     "uni_opd": UniOPD,
     "tip": TIP,
     "paced": PACED,
+    "rethinking_opd": RethinkingOPD,
+    "brts": BRTS,
+    "decoupling": Decoupling,
+    "trd": TRD,
     "context_distillation": ContextDistillation,
     "grpo": GRPO,
     "dr_grpo": DrGRPO,

@@ -138,21 +138,22 @@ class RethinkingOPD(OPD):
 
     def combine(self, run: Run, rollouts: Rollouts) -> Rollouts:
         """Bring in the outcome, with statistics of whole groups. An answer without a reward has none."""
-        if self.outcome == "none" or (self.outcome == "direct_grpo" and not self.rewarded):
+        reward = rollouts.reward if self.rewarded else None
+        if self.outcome == "direct_grpo" and reward is not None:
+            if run.off_policy and "old" not in rollouts.scores:
+                rollouts = run.score(rollouts, "old")
+            return rollouts.with_(sequence={"outcome": group_standardised(reward, rollouts.group)})
+        if self.outcome != "token_grpo":
             return rollouts
-        if self.outcome == "direct_grpo":
-            assert rollouts.reward is not None
-            return rollouts.with_(sequence={"outcome": group_standardised(rollouts.reward, rollouts.group)})
         if "old" not in rollouts.scores:
             rollouts = run.score(rollouts, "old")
         teacher, old = rollouts.scores["teacher"].logp, rollouts.scores["old"].logp
         assert teacher is not None and old is not None
         signal = log_ratio_advantage(teacher, old)
-        if self.rewarded:
-            assert rollouts.reward is not None
+        if reward is not None:
             answered = rollouts.lengths > 0
             last = (rollouts.response.offsets[1:] - 1)[answered]
-            signal[last] += self.outcome_weight * rollouts.reward.nan_to_num(0.0)[answered]
+            signal[last] += self.outcome_weight * reward.nan_to_num(0.0)[answered]
         standardised = group_standardised(signal, rollouts.response.expand(rollouts.group))
         return rollouts.with_(token={"advantage": return_to_go(rollouts.ragged(standardised), 1.0)})
 

@@ -392,12 +392,13 @@ class Run:
         parts, order = [], []
         for rows in micro_batches(rollouts.prompt_ids.lengths + rollouts.lengths, self.token_budget):
             part = rollouts.select(rows)
-            cut = {
-                k: w[rollouts.response.tokens_of(rows)] if isinstance(w, Tensor) else w
-                for k, w in weights.items()
+            tokens = rollouts.response.tokens_of(rows)
+            cut: dict[str, Weight] = {
+                name: weight[tokens] if isinstance(weight, Tensor) else weight
+                for name, weight in weights.items()
             }
             parts.append(self.divergence(part, self.student_hidden(part), cut, divergence))
-            order.append(rollouts.response.tokens_of(rows))
+            order.append(tokens)
         model.train(was_training)
         back = torch.argsort(torch.cat(order))
         return VocabularyDivergence(*(torch.cat(column).cpu()[back] for column in zip(*parts, strict=True)))

@@ -121,7 +121,8 @@ class TIP(Method):
             )  # rounding may leave a divergence of nothing below 0
             weight = entropy.pow(self.entropy_power) * share.pow(self.divergence_power)
             return drawn_share(weight, self.share, generator)
-        return top_share(importance(self.score, entropy, distance), self.share)
+        # Equal states (first tokens of a group) differ by rounding, which must not choose between them.
+        return top_share(importance(self.score, entropy, distance).round(decimals=4), self.share)
 
     def loss(self, run: Run, batch: Rollouts) -> Loss:
         hidden = run.student_hidden(batch)

@@ -172,6 +172,7 @@ class Lora:
     alpha: float = 32.0
     """Scaling numerator: the update is multiplied by `alpha / rank`."""
     dropout: float = 0.0
+    """Share of the adapter's inputs dropped while training."""
     targets: str | list[str] = "all-linear"
     """Module names peft adapts, or `all-linear`."""
 

@@ -151,16 +151,35 @@ def merge(parts: Sequence[tuple[Tensor, Scores]], total: int) -> Scores:
 
 
 def join(parts: Sequence[Rollouts]) -> Rollouts:
-    """`Rollouts.cat` of answers that were scored apart: their scores are kept.
+    """`Rollouts.cat` of answers that were treated apart, with their scores and every column of any of them.
 
-    A role that was not asked on a part has NaN there. Parts on which it was asked must have been asked the same.
+    Where a part lacks a column, or a role was not asked on it, it has NaN (0 for ids, False in masks). A role must
+    have been asked for the same wherever it was asked.
     """
-    whole = Rollouts.cat([replace(part, scores={}) for part in parts])
+    tables = ("components", "sequence", "token", "masks")
+    columns = {name: {k: v for part in parts for k, v in getattr(part, name).items()} for name in tables}
+    filled = []
+    for part in parts:
+        length = {"components": len(part), "sequence": len(part)}
+        missing = {
+            name: {
+                k: _nothing(length.get(name, len(part.response.values)), v)
+                for k, v in table.items()
+                if k not in getattr(part, name)
+            }
+            for name, table in columns.items()
+        }
+        filled.append(replace(part, scores={}).with_(**missing))
+    whole = Rollouts.cat(filled)
     total = len(whole.response.values)
     tokens = torch.arange(total).split([len(part.response.values) for part in parts])
-    roles = dict.fromkeys(role for part in parts for role in part.scores)
     asked = {
         role: [(t, part.scores[role]) for t, part in zip(tokens, parts, strict=True) if role in part.scores]
-        for role in roles
+        for role in dict.fromkeys(role for part in parts for role in part.scores)
     }
     return whole.with_(scores={role: merge(found, total) for role, found in asked.items()})
+
+
+def _nothing(length: int, like: Tensor) -> Tensor:
+    fill = float("nan") if like.is_floating_point() else 0
+    return like.new_full((length, *like.shape[1:]), fill)

@@ -101,7 +101,10 @@ def train(
         _describe(built, settings, folder, console)
         write_config(folder, settings)
     loop = _Loop(config, method, built, accelerator, optimiser, journal, position, buffer, moving, folder)
-    with _signals(loop), bar(config.train.steps, method.__class__.__name__) as progress:
+    with (
+        _signals(loop),
+        bar(config.train.max_tokens or config.train.steps, method.__class__.__name__) as progress,
+    ):
         loop.go(progress)
     model = save_model(run.student, folder / "model", folder / "checkpoints")
     if config.train.trackers:
@@ -138,7 +141,10 @@ class _Loop:
             run.step, started = step, time.perf_counter()
             run.metrics.clear()
             run.metrics.update(self.position.metrics)  # of the batch that was interrupted, if there was one
-            set_learning_rate(self.optimiser, learning_rate(self.config.optimiser, step, settings.steps))
+            if self.spent() >= 1:
+                break
+            rate = learning_rate(self.config.optimiser, step, settings.steps, self.spent())
+            set_learning_rate(self.optimiser, rate)
             if self.buffer is None:
                 assert run.stream is not None
                 bar.doing("writing")
@@ -156,8 +162,8 @@ class _Loop:
                     self._leave()
             self.buffer, self.position.update, self.position.metrics = None, 0, {}
             self.position.step = step + 1
-            bar.advance_to(step + 1)
-            last = step + 1 == settings.steps
+            bar.advance_to(sum(run.tokens.values()) if settings.max_tokens else step + 1)
+            last = step + 1 == settings.steps or self.spent() >= 1
             if self.built.eval_prompts and (
                 last or (self.config.eval.every and (step + 1) % self.config.eval.every == 0)
             ):
@@ -166,6 +172,11 @@ class _Loop:
                 self._leave()
             if last or (settings.save_every and (step + 1) % settings.save_every == 0):
                 self.save()
+
+    def spent(self) -> float:
+        """Share of the token budget used so far; 0 where there is none."""
+        budget = self.config.train.max_tokens
+        return sum(self.run.tokens.values()) / budget if budget else 0.0
 
     def _update(
         self,

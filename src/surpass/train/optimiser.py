@@ -23,13 +23,13 @@ def make_optimiser(model: torch.nn.Module, config: OptimiserConfig) -> torch.opt
     )
 
 
-def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
-    """Rate of step `step` (counted from 0) of `steps`."""
+def learning_rate(config: OptimiserConfig, step: int, steps: int, spent: float = 0.0) -> float:
+    """Rate of step `step` (counted from 0) of `steps`. spent: share of a token budget used so far, where there is one."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.learning_rate
-    share = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    share = min(1.0, max(spent, (step - config.warmup_steps) / max(1, steps - config.warmup_steps)))
     decay = 1.0 - share if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
     return config.learning_rate * decay
 

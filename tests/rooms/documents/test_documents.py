@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from surpass.methods.registry import METHODS
+
 ROOT = Path(__file__).parents[3]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
@@ -32,6 +34,11 @@ def test_links_to_files_of_the_project_lead_somewhere(page: Path):
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
     local = [t for t in targets if not t.startswith(("http://", "https://"))]
     assert [t for t in local if not (page.parent / t).exists()] == []
+
+
+def test_the_readme_lists_every_method():
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert sorted(rows) == sorted(METHODS)
 
 
 def test_the_method_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

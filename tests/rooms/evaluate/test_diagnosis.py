@@ -1,7 +1,9 @@
 """The diagnosis before training: figures in closed form for equal models, and verdicts from evidence."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from surpass.evaluate.diagnosis import Diagnosis, diagnose, state_figures, verdi
 from surpass.models.policy import Policy
 from surpass.models.zoo import char_tokenizer, tiny_model
 from surpass.prompts.sources import load_prompts
-from surpass.records import Ragged
+from surpass.records import Prompt, Ragged
 from surpass.rollout.engine import Sampling
 from surpass.rollout.local import LocalEngine
 
@@ -52,7 +54,8 @@ def run(teacher: Policy) -> Diagnosis:
     student = policy(0)
     prompts = load_prompts("embedded:sort", limit=4)
 
-    def judge(asked, texts):
+    def judge(asked: Sequence[Prompt], texts: Sequence[str]) -> Any:
+        del asked
         return SimpleNamespace(reward=torch.tensor([float(len(text) % 2 == 0) for text in texts]))
 
     return diagnose(

@@ -22,7 +22,7 @@ from surpass.roles.role import Role
 def policies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Policy, Policy]:
     folder: Path = tmp_path_factory.mktemp("probes")
     for seed in (0, 1):
-        save_tiny(folder / str(seed), char_tokenizer("ab"), seed=seed)
+        save_tiny(folder / str(seed), tokenizer=char_tokenizer("ab"), seed=seed)
     one, two = (load_policy(str(folder / str(seed))) for seed in (0, 1))
     with torch.no_grad():  # fresh weights are nearly uniform
         for policy in (one, two):

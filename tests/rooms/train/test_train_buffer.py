@@ -71,11 +71,8 @@ def same(first: object, second: object) -> None:
     """Equal in type, shape, dtype and every bit."""
     if isinstance(first, Tensor):
         assert isinstance(second, Tensor) and first.dtype == second.dtype and first.shape == second.shape
-        assert (
-            first.contiguous().numpy().tobytes() == second.numpy().tobytes()
-            if first.dtype != torch.bfloat16
-            else (torch.equal(first.view(torch.int16), second.view(torch.int16)))
-        )
+        # Bytes, so that NaNs and the sign of zero count.
+        assert torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
     elif isinstance(first, dict):
         assert isinstance(second, dict) and set(first) == set(second)
         for key, value in first.items():
