@@ -209,14 +209,15 @@ def test_without_a_ladder_there_is_no_state_and_no_metric():
 
 
 def test_errors_in_words():
-    for settings, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"divergence": "forward", "reverse_share": 0.5}, "leave it null"),
         ({"reverse_share": 1.5}, r"\[0, 1\]"),
         ({"prefix": "data", "samples": 2}, "one response"),
         ({"caps": [1, 2]}, "together"),
         ({"entropy_floor": 1.0}, "together"),
         ({"caps": [2, 2], "stage_steps": 1, "entropy_floor": 1.0}, "must rise"),
-    ):
+    ]
+    for settings, message in cases:
         with pytest.raises(ValueError, match=message):
             Decoupling(**settings)
     with pytest.raises(ValueError, match=r"rollout\.max_new_tokens is 3"):

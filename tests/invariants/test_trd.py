@@ -191,7 +191,7 @@ def test_what_a_refiner_reads_in_the_real_wording(monkeypatch: pytest.MonkeyPatc
     assert "first attempt" in empty[-1]["content"]
     with pytest.raises(ValueError, match="'draft'"):
         View("refine").prompt_for(prompt)
-    with pytest.raises(ValueError, match="lacks {solution}"):
+    with pytest.raises(ValueError, match=r"lacks \{solution\}"):
         View("refine_with_solution", "{problem}{draft}")
     renamed = View("refine", "{problem}|{draft}", field="attempt")
     assert renamed.prompt_for(replace(prompt, messages="P", privileged={"attempt": "x"})) == "P|x"

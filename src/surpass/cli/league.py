@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from surpass.cli.quickstart import Recipe, experts_of, measure, run_config, write_base
 from surpass.cli.stages import Stages
+from surpass.cli.world import Recipe, experts_of, measure, run_config, write_base
 from surpass.evaluate.pooling import pooled_row
 from surpass.evaluate.summary import Evaluation
 from surpass.methods.base import Method

@@ -62,7 +62,7 @@ class Stages:
         if Path(str(config.prompts)).exists():
             inputs["prompts"] = hashlib.sha256(Path(str(config.prompts)).read_bytes()).hexdigest()
         stamp, key = self.folder / name / ".stage", Stage(inputs).key
-        label = f"[{self.title}] {self.count}: {name}"
+        label = f"{self.title}, {self.count}/{self.total}: {name}"
         if stamp.exists() and stamp.read_text() == key:
             self.console.print(f"{label}: unchanged, reused", highlight=False, markup=False)
             return self.folder / name / "model"
@@ -71,7 +71,7 @@ class Stages:
         def bar(steps: int, title: str) -> Any:
             del title
             with display(self.console) as progress:
-                yield RichBar(progress, steps, label.replace("[", r"\["))
+                yield RichBar(progress, steps, label)
 
         model = train(config, method, overwrite=True, console=Console(quiet=True), bar=bar)
         stamp.write_text(key)
@@ -83,7 +83,7 @@ class Stages:
         stamp, key = out / ".stage", Stage({"model": self.fingerprint(model)}).key
         if stamp.exists() and stamp.read_text() == key:
             return Evaluation.load(out)
-        with self.console.status(f"[{self.title}] evaluating {name}".replace("[", r"\[")):
+        with self.console.status(f"{self.title}: evaluating {name}"):
             result = action(model)
         shutil.rmtree(out, ignore_errors=True)
         result.save(out)

@@ -108,5 +108,5 @@ class SupervisedKD(Method):
 
 
 def stream_of(batch: Rollouts) -> str:
-    """The stream of a batch that one author wrote."""
-    return Author(int(batch.author[0])).name.lower()
+    """The stream of a batch that one author wrote; `data` where every answer is empty."""
+    return Author(int(batch.author[0])).name.lower() if len(batch.author) else "data"

@@ -47,8 +47,8 @@ class RichBar:
 def display(console: Console | None = None) -> Progress:
     """The progress display used everywhere: title, bar, count, time left (time taken when done), figures."""
     return Progress(
-        TextColumn("{task.description:<26}", table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=12),
+        TextColumn("{task.description:<30}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
