@@ -333,6 +333,7 @@ def test_the_silent_key_in_the_real_wording(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     prompt = Prompt("p", ({"role": "user", "content": "2 + 2?"},), answer=4)
     (turn,) = View("silent_key").prompt_for(prompt)
+    assert isinstance(turn, dict)
     assert turn["content"].startswith("2 + 2?") and "answer is 4." in turn["content"]
     with pytest.raises(ValueError, match="'answer'"):
         View("silent_key").prompt_for(replace(prompt, answer=None))
@@ -340,10 +341,10 @@ def test_the_silent_key_in_the_real_wording(monkeypatch: pytest.MonkeyPatch):
     assert View("silent_key", "{problem}|{answer}").prompt_for(told) == "Q|four"
 
 
-def test_settings_without_a_meaning_are_refused():
-    for settings, message in (
-        ({"candidates": 0}, "at least 1"),
-        ({"teacher_weight": -1.0}, "not be negative"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            BRTS(**settings)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"candidates": 0}, "at least 1"), ({"teacher_weight": -1.0}, "not be negative")],
+)
+def test_settings_without_a_meaning_are_refused(settings: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        BRTS(**settings)

@@ -64,7 +64,7 @@ def test_over_the_whole_vocabulary_all_are_reverse_kl(name: str, support: Any):
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_expected_gradient_over_the_whole_vocabulary(name: str):
+def test_expected_gradient_over_the_whole_vocabulary(name: Any):
     run, method = world(), RethinkingOPD(gradient=name)
     batch = method.score(run, rollouts(run, ANSWERS))
     kl = reverse_kl(

@@ -184,11 +184,12 @@ def test_what_a_refiner_reads_in_the_real_wording(monkeypatch: pytest.MonkeyPatc
     told = replace(prompt, privileged={"draft": "It is {solution}.", "solution": "Half."})
     for kind, shown in (("refine", False), ("refine_with_solution", True)):
         system, turn = View(kind).prompt_for(told)  # type: ignore[arg-type]
+        assert isinstance(turn, dict)
         assert system == prompt.messages[0] and turn["role"] == "user"
         assert turn["content"].startswith(problem) and "It is {solution}." in turn["content"]
         assert ("Half." in turn["content"]) == shown
     empty = View("refine").prompt_for(replace(prompt, privileged={"draft": ""}))
-    assert "first attempt" in empty[-1]["content"]
+    assert "first attempt" in str(empty[-1])
     with pytest.raises(ValueError, match="'draft'"):
         View("refine").prompt_for(prompt)
     with pytest.raises(ValueError, match=r"lacks \{solution\}"):
@@ -218,9 +219,14 @@ def test_a_role_without_its_adapter_writes_without_it():
     assert float((on - off).abs().max()) > 1e-3
 
 
-def test_settings_without_a_meaning_are_refused():
-    for settings, message in (({"draft_tokens": 0}, "at least 1"), ({"clamp": 0.0}, "above 0")):
-        with pytest.raises(ValueError, match=message):
-            TRD(**settings)
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"draft_tokens": 0}, "at least 1"), ({"clamp": 0.0}, "above 0")]
+)
+def test_settings_without_a_meaning_are_refused(settings: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        TRD(**settings)
+
+
+def test_the_students_own_tokens_are_no_part_of_the_loss():
     batch = rollouts(a_run(), DRAFTS)
-    assert not bool(batch.mask("teacher").any()), "the student's own tokens are no part of the loss"
+    assert not bool(batch.mask("teacher").any())

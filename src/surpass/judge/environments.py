@@ -10,13 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from surpass.judge.functions import is_target, load_function
 from surpass.judge.tools import Tool, Toolbox
 from surpass.records import Prompt
 
-Names = str | None
 
 @dataclass(frozen=True)
 class Step:
@@ -30,6 +29,7 @@ class Step:
     done: bool = False
     reward: float | None = None
 
+
 class Environment(Protocol):
     """One episode."""
 
@@ -41,8 +41,6 @@ class Environment(Protocol):
         """Act: `action` is the text of one turn, without special tokens."""
         ...
 
-class EnvironmentTimeout(RuntimeError):
-    """A step that took too long; its environment is in an unknown state and must not be used again."""
 
 @dataclass
 class ToolEnvironment:
@@ -61,6 +59,7 @@ class ToolEnvironment:
     def step(self, action: str) -> Step:
         answer = self.toolbox.answer(action)
         return Step(done=True) if answer is None else Step(answer)
+
 
 def environment_named(name: str) -> Callable[[], Environment]:
     """What makes the episodes of `embedded:TASK`, `python` (programs in the sandbox), or one's own `module:function`.
@@ -85,6 +84,7 @@ def environment_named(name: str) -> Callable[[], Environment]:
         "path/file.py:function, which gives a new episode at every call"
     )
 
+
 def environment_of(prompt: Prompt) -> str | None:
     """The environment a prompt is meant for: its `environment` column, or its embedded task's; None: it has none."""
     from surpass.tasks import ENVIRONMENTS
@@ -93,6 +93,7 @@ def environment_of(prompt: Prompt) -> str | None:
     if isinstance(own, str) and own:
         return own
     return next((tag for tag in prompt.tags if tag.removeprefix("embedded:") in ENVIRONMENTS), None)
+
 
 def environments_for(prompts: Sequence[Prompt], name: str | None = None) -> list[Environment | None]:
     """A new episode for each of `N` prompts; None where a prompt has no environment. name: one for all."""
@@ -105,21 +106,23 @@ def environments_for(prompts: Sequence[Prompt], name: str | None = None) -> list
         found.append(None if wanted is None else makers[wanted]())
     return found
 
+
 def step_all(
     environments: Sequence[Environment], actions: Sequence[str], time_limit: float, threads: int = 8
-) -> list[Step | EnvironmentTimeout]:
+) -> list[Step | None]:
     """One step of each environment, several at a time; the results in order.
 
-    time_limit: seconds for one step. An exception becomes an observation, a step that takes longer an
-    EnvironmentTimeout (returned, not raised): Python cannot end a thread, so its environment must be left alone.
+    time_limit: seconds for one step. An exception becomes an observation. None: the step took longer; Python cannot
+    end a thread, so that environment must be left alone from then on.
     """
-    results: list[Step | EnvironmentTimeout] = []
+    results: list[Step | None] = []
     for start in range(0, len(actions), threads):
         part = zip(environments[start : start + threads], actions[start : start + threads], strict=True)
         waiting = [_Stepping(environment, action) for environment, action in part]
         deadline = time.monotonic() + time_limit
-        results += [each.result(deadline, time_limit) for each in waiting]
+        results += [each.result(deadline) for each in waiting]
     return results
+
 
 class _Stepping:
     """A step under way in a thread of its own, which does not keep the program alive."""
@@ -135,23 +138,21 @@ class _Stepping:
         except Exception as error:
             self.found = Step(f"error: {type(error).__name__}: {error}")
 
-    def result(self, deadline: float, time_limit: float) -> Step | EnvironmentTimeout:
+    def result(self, deadline: float) -> Step | None:
         self.thread.join(max(0.0, deadline - time.monotonic()))
-        if self.found is None:
-            return EnvironmentTimeout(f"a step took longer than {time_limit} seconds")
         return self.found
+
 
 def _python() -> Callable[[], Environment]:
     from surpass.judge.sandbox import check_sandbox, run_python
 
     def run(code: str) -> str:
-        done = run_python(code)
-        return done.report()
+        return run_python(code).report()
 
     check_sandbox()
     tool = Tool("python", "run a program; gives what it prints", ("code",), run)
 
-    def make(**_: Any) -> Environment:
+    def make() -> Environment:
         return ToolEnvironment(Toolbox((tool,)), announce=True)
 
     return make

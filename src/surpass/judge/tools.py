@@ -199,5 +199,4 @@ def _bounded(value: Number) -> Number:
     return value
 
 
-LOOKUP_ABOUT = "the value of a name"
 CALCULATOR = Tool("calc", "the value of an arithmetic expression", ("expression",), calculate)

@@ -1,6 +1,6 @@
 """Verifiers by name: is this completion's answer right?
 
-`math` and `module:function` run in worker processes (they may hang); the others compare texts and run here.
+`math`, `code` and `module:function` run in worker processes (they may hang); the others compare texts and run here.
 """
 
 from __future__ import annotations
@@ -31,18 +31,14 @@ class Verifier:
 
 
 def verifier_named(name: str) -> Verifier:
-    """`math`, `exact`, `choice`, `contains`, `embedded`, `embedded:TASK`, or `module:function` / `file.py:function`.
+    """`math`, `code`, `exact`, `choice`, `contains`, `embedded`, `embedded:TASK`, or `module:function` / `file.py:function`.
 
-    Raises ValueError for unknown names, and for `code`, which needs a sandbox.
+    Raises ValueError for unknown names, and for `code` where no sandbox works.
     """
     if name.startswith("embedded:"):
         return _embedded_task(name)
     if name == "code":
-        raise ValueError(
-            "verifier 'code' would run programs a model wrote, and there is no sandbox verifier here; use prompts with "
-            "checkable answers, a method that needs no reward, or your own judge.verifier path/file.py:function that "
-            "runs them in a sandbox of yours"
-        )
+        _check_sandbox()
     if name in VERIFIERS:
         return VERIFIERS[name]
     if is_target(name):
@@ -68,7 +64,7 @@ def verifier_for(prompts: Sequence[Prompt], preset: str | None = None) -> dict[s
     if several:
         raise ValueError(f"one domain, several verifiers: {several}; give their prompts different domains")
     found = {domain: names.pop() for domain, names in named.items()}
-    unknown = [d for d, name in found.items() if name == d and name not in (*VERIFIERS, "code")]
+    unknown = [d for d, name in found.items() if name == d and name not in VERIFIERS]
     if unknown:
         raise ValueError(
             f"no verifier is known for prompts of domain {unknown}; set judge.verifier (one of {sorted(VERIFIERS)}, or a "
@@ -81,6 +77,26 @@ def _math(completion: str, prompt: Prompt) -> float:
     from surpass.judge.math_answer import verify
 
     return verify(completion, prompt.answer)
+
+
+def _code(completion: str, prompt: Prompt) -> float:
+    from surpass.judge.code import verify
+
+    return verify(completion, prompt.answer)
+
+
+def _check_sandbox() -> None:
+    """Said before anything is written, not for every answer."""
+    from surpass.judge.sandbox import SandboxUnavailable, check_sandbox
+
+    try:
+        check_sandbox()
+    except SandboxUnavailable as error:
+        raise ValueError(
+            f"verifier 'code' would run programs a model wrote, and there is no sandbox verifier here: {error}. Or use "
+            "prompts with checkable answers, a method that needs no reward, or your own judge.verifier "
+            "path/file.py:function that runs them in a sandbox of yours"
+        ) from None
 
 
 def _exact(completion: str, prompt: Prompt) -> float:
@@ -164,6 +180,7 @@ VERIFIERS = {
     verifier.name: verifier
     for verifier in (
         Verifier("math", _math, isolated="surpass.judge.math_answer:verify", vote=_number_vote),
+        Verifier("code", _code, isolated="surpass.judge.code:verify"),
         Verifier("exact", _exact, vote=_text_vote),
         Verifier("contains", _contains, vote=_text_vote),
         Verifier("choice", _choice, vote=chosen_letter),

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 
+from surpass.judge.environments import Environment
 from surpass.records import Prompt
 from surpass.tasks.chain import CHAIN
 from surpass.tasks.digits import MISSING, SORT, SUMS
 from surpass.tasks.lookup import LOOKUP
 from surpass.tasks.task import Task, critique, final_line, make_prompt
 from surpass.tasks.task import verify as verify_prompt
+from surpass.tasks.tools import TOOLS, ToolsEpisode
 
-TASKS: dict[str, Task] = {task.name: task for task in (SORT, SUMS, MISSING, CHAIN, LOOKUP)}
+TASKS: dict[str, Task] = {task.name: task for task in (SORT, SUMS, MISSING, CHAIN, LOOKUP, TOOLS)}
+# What acts on the answers of a task whose answers take several turns, by task.
+ENVIRONMENTS: dict[str, Callable[[], Environment]] = {TOOLS.name: ToolsEpisode}
 
-__all__ = ["TASKS", "Task", "critique", "final_line", "make_prompt", "task_named", "task_prompts", "verify"]
+__all__ = [
+    "ENVIRONMENTS",
+    "TASKS",
+    "Task",
+    "critique",
+    "final_line",
+    "make_prompt",
+    "task_named",
+    "task_prompts",
+    "verify",
+]
 
 
 def task_named(name: str) -> Task:

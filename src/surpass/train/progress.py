@@ -39,19 +39,19 @@ class RichBar:
         self.progress.update(self.task, doing=what)
 
     def show(self, row: Mapping[str, float]) -> None:
-        names = {"loss": "loss", "reward": "reward", "completions/mean_length": "length", "grad_norm": "grad"}
-        figures = "  ".join(f"{label} {row[name]:.3g}" for name, label in names.items() if name in row)
+        names = {"reward": "reward", "loss": "loss", "completions/mean_length": "length"}
+        figures = "  ".join(f"{label} {row[name]:.2g}" for name, label in names.items() if name in row)
         self.progress.update(self.task, figures=figures)
 
 
 def display(console: Console | None = None) -> Progress:
     """The progress display used everywhere: title, bar, count, time left (time taken when done), figures."""
     return Progress(
-        TextColumn("{task.description:<30}", table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=10),
+        TextColumn("{task.description:<28}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=8),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=26)),
         console=console or Console(stderr=True),
     )
 

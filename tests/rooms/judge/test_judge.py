@@ -124,7 +124,7 @@ def test_a_prompt_without_gold_answer_is_an_error_not_a_failure():
         judge([Prompt(id="p", messages="q")], ["1"])
 
 
-def test_building_from_names():
+def test_building_from_names(no_sandbox: None):
     prompts = [Prompt(id=d, messages="q", domain=d, answer="1") for d in ("a", "b", "c")]
     judge = build_judge(prompts, {"a": "math", "b": "math", "c": "exact"})
     assert [(c.name, c.domains) for c in judge.components] == [("math", {"a", "b"}), ("exact", {"c"})]

@@ -79,7 +79,7 @@ def test_unusable_gold_answers_are_errors():
         score("exact", "B", "")
 
 
-def test_unknown_verifiers_and_code_are_refused():
+def test_unknown_verifiers_are_refused_and_code_without_a_sandbox(no_sandbox: None):
     with pytest.raises(ValueError, match="unknown verifier 'maths'; there are"):
         verifier_named("maths")
     with pytest.raises(ValueError, match="no sandbox verifier"):
