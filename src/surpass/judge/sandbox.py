@@ -20,7 +20,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 TOOLS = ("bwrap", "unshare")
 PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
@@ -220,8 +220,10 @@ def _collect(command: list[str], limits: Limits) -> Execution:
     # `timeout` ends the program also where this process has been killed meanwhile.
     guarded = ["timeout", "--foreground", "-s", "KILL", f"{limits.seconds + 1}", *command]
     # The kernel does not count the processes of root, so root becomes nobody first.
-    nobody = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
-    process = subprocess.Popen(
+    nobody: dict[str, Any] = (
+        {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+    )
+    process: subprocess.Popen[bytes] = subprocess.Popen(
         guarded,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -27,8 +27,8 @@ class Rule:
 
     @property
     def balanced(self) -> bool:
-        """Whether the weights are those of the mixture (JSD): the derivative through m is then constant."""
-        return self.middle is not None and self.forward * (1 - self.middle) == self.reverse * self.middle
+        """Both parts, which only JSD has, weighted as in the mixture: the derivative through m is constant."""
+        return bool(self.reverse and self.forward)
 
 
 def rule(divergence: Divergence) -> Rule:

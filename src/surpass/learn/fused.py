@@ -1,7 +1,7 @@
 """The parts of whole-vocabulary quantities: tiles that fit a cache, running sums, derivatives by hand.
 
 A tile is a few tokens by a part of the vocabulary. One sweep over the parts gives log-normalisers, entropies
-and KL divergences of the tokens (the running maximum of Milakov & Gimelshein, arXiv 1805.02867); another one
+and KL divergences of the tokens, each part relative to its own maximum (as in arXiv 1805.02867); another one
 gives the gradient at the logits, in closed form and in place. Nothing here is seen by autograd.
 """
 
@@ -18,7 +18,6 @@ from surpass.learn.head import Head
 from surpass.learn.targets import Weight, log_linear, log_linear_sampled
 
 LOWEST = torch.finfo(torch.float32).min
-
 
 # Bytes of one tile of float32 logits. About four such tiles are in use at once, and an element-wise operation
 # outside a processor's second-level cache (1 to 2 MB) costs three times one inside it. A constant, not the size
@@ -57,11 +56,13 @@ def cut(head: Head, columns: Sequence[slice]) -> list[Head]:
 
 
 def fill(out: Tensor, head: Head, hidden: Tensor, temperature: float) -> Tensor:
-    """`Head.logits` into out, `[c, v]`; without a copy where nothing follows the product."""
-    plain = head.bias is None and head.softcap is None and head.scale == 1.0 == temperature
-    if plain and head.weight.dtype == hidden.dtype == torch.float32:
+    """`Head.logits` into out, `[c, v]`, sparing copies where nothing follows the product."""
+    if head.bias is not None or head.softcap is not None or not head.scale == 1.0 == temperature:
+        return out.copy_(head.logits(hidden, temperature))
+    hidden = hidden.to(head.weight.dtype)
+    if head.weight.dtype == out.dtype:
         return torch.mm(hidden, head.weight.T, out=out)
-    return out.copy_(head.logits(hidden, temperature))
+    return out.copy_(hidden @ head.weight.T)
 
 
 def has_gaps(heads: Sequence[Head]) -> bool:

@@ -3,7 +3,7 @@
 Logits are made a tile at a time, used, and thrown away. Between forward and backward pass stay `[T, D]`, `[T]`
 and, for divergences, the gradient `[V, D]` of the head. Gradients go to the student's hidden states and to the
 weight and bias of its head, summed over tiles in float32. With a bfloat16 head each logit and each entry of the
-gradient at the logits is rounded to 8 bits once (2^-9 of its size); all sums stay float32.
+gradient at the logits is rounded to 8 bits once (2^-8 of its size); all sums stay float32.
 """
 
 from __future__ import annotations

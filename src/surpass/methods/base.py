@@ -24,7 +24,8 @@ class Needs:
     """What a run must have for a method at its present settings; checked before anything is loaded.
 
     sampler_law: the loss uses probabilities of the sampled tokens, so sampling must follow the law that the loss
-    differentiates: no truncation, and the same temperature.
+    differentiates: no truncation, and the same temperature. routed: each prompt has one teacher, that of its domain;
+    False: all teachers speak on every prompt.
     """
 
     teacher: bool = False
@@ -33,6 +34,7 @@ class Needs:
     response: bool = False
     rollouts: bool = True
     sampler_law: bool = False
+    routed: bool = True
 
 
 @dataclass(frozen=True)

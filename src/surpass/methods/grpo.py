@@ -76,7 +76,7 @@ class GRPO(PolicyGradient):
 
     def loss(self, run: Run, batch: Rollouts) -> Loss:
         logp, entropy = run.student_logp(batch)
-        advantage = batch.response.expand(batch.sequence["advantage"]).to(logp.device)
+        advantage, weighed = self.token_advantage(batch, logp)
         values, metrics = self.surrogate(batch, logp, advantage)
         terms: list[Term] = [self.term("policy_gradient", values, "trained")]
         if self.kl_coefficient:
@@ -85,4 +85,8 @@ class GRPO(PolicyGradient):
             estimate = reverse_kl_k2 if self.kl_gradient == "reverse" else forward_kl_k3
             kl = estimate(logp, reference.to(logp.device))
             terms.append(self.term(f"{self.kl_gradient}_kl", kl, "trained", self.kl_coefficient))
-        return Loss(tuple(terms), {"entropy": entropy, **kl_metrics(batch, logp), **metrics})
+        return Loss(tuple(terms), {"entropy": entropy, **kl_metrics(batch, logp), **weighed, **metrics})
+
+    def token_advantage(self, batch: Rollouts, logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """`[T]`, detached, and what was measured on the way; `logp` `[T]` is the present student's."""
+        return batch.response.expand(batch.sequence["advantage"]).to(logp.device), {}

@@ -25,6 +25,7 @@ from surpass.methods.exopd import ExOPD
 from surpass.methods.gkd import GKD
 from surpass.methods.grpo import GRPO
 from surpass.methods.gspo import GSPO
+from surpass.methods.mad_opd import MADOPD, OPAD
 from surpass.methods.minillm import MiniLLM
 from surpass.methods.opd import OPD
 from surpass.methods.paced import PACED
@@ -33,6 +34,7 @@ from surpass.methods.rethinking_opd import RethinkingOPD
 from surpass.methods.rloo import RLOO
 from surpass.methods.sequence_kd import SequenceKD
 from surpass.methods.sft import SFT
+from surpass.methods.sod import SOD
 from surpass.methods.supervised_kd import SupervisedKD
 from surpass.methods.tip import TIP
 from surpass.methods.trd import TRD
@@ -54,6 +56,9 @@ METHODS: dict[str, type[Method]] = {
     "brts": BRTS,
     "decoupling": Decoupling,
     "trd": TRD,
+    "sod": SOD,
+    "mad_opd": MADOPD,
+    "opad": OPAD,
     "context_distillation": ContextDistillation,
     "grpo": GRPO,
     "dr_grpo": DrGRPO,

@@ -25,6 +25,7 @@ from surpass.roles.role import Role, route
 from surpass.roles.scoring import Want, merge, score
 from surpass.roles.sync import Frozen, Live
 from surpass.rollout.engine import Completions, Engine, Sampling
+from surpass.rollout.episodes import last_action
 from surpass.rollout.mixture import generate_mixed
 from surpass.rollout.sampling import sequence_seed
 
@@ -234,11 +235,12 @@ class Run:
     # -- how good ---------------------------------------------------------------------------------------------------
 
     def reward(self, rollouts: Rollouts) -> Rollouts:
-        """Judge every answer: adds `reward` `[N]` (NaN: not judged) and its components."""
+        """Judge every answer (of several turns: the last): adds `reward` `[N]` (NaN: not judged) and its components."""
         if self.judge is None:
             raise ValueError("this method needs rewards: set judge.verifier or judge.rewards")
-        texts = self.student.tokenizer.batch_decode(rollouts.response.tolist(), skip_special_tokens=True)
-        verdict = self.judge(rollouts.prompts, texts, completion_ids=rollouts.response.tolist())
+        answers = last_action(rollouts).tolist()
+        texts = self.student.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        verdict = self.judge(rollouts.prompts, texts, completion_ids=answers)
         self.metrics.update(verdict.metrics)
         return rollouts.with_(reward=verdict.reward, components=verdict.components)
 

@@ -28,7 +28,9 @@ def joined(episodes: Sequence[Episode], group: Tensor, temperature: float) -> Ro
             parts.append((appended, torch.full((len(appended),), torch.nan), Author.TOOL, k))
         rows[0].append(torch.cat([ids for ids, *_ in parts]))
         rows[1].append(torch.cat([logp for _, logp, *_ in parts]))
-        rows[2].append(torch.cat([torch.full((len(ids),), int(a), dtype=torch.int8) for ids, _, a, _ in parts]))
+        rows[2].append(
+            torch.cat([torch.full((len(ids),), int(a), dtype=torch.int8) for ids, _, a, _ in parts])
+        )
         rows[3].append(torch.cat([torch.full((len(ids),), k, dtype=torch.int64) for ids, _, _, k in parts]))
     response, logp, author, turn = (Ragged.from_list(column) for column in rows)
     rewards = torch.tensor([float("nan") if e.reward is None else e.reward for e in episodes])
@@ -51,14 +53,15 @@ def by_action(episodes: Sequence[Episode], group: Tensor, temperature: float) ->
     """One row per action, whose prompt is the state it was written in: the question and all turns before.
 
     The state's token ids are the very ones the model read; its messages are the same in words, for roles that read it
-    in a context of their own. `finish` is EOS but for the last action of an episode.
+    in a context of their own. The first state keeps the prompt's id, which its episodes share; later ones have their own.
+    `finish` is EOS but for the last action of an episode.
     """
     prompts: list[Prompt] = []
     rows: list[list[Any]] = [[], [], [], [], [], [], []]
     for e, episode in enumerate(episodes):
         state, read = episode.prompt, list(episode.prompt_ids)
         for k, turn in enumerate(episode.turns):
-            prompts.append(replace(state, id=f"{episode.prompt.id}/{k}" if k else state.id))
+            prompts.append(replace(state, id=f"{episode.prompt.id}/{e}.{k}" if k else state.id))
             finish = episode.finish if k + 1 == len(episode.turns) else Finish.EOS
             columns = (read, turn.action, turn.logp, group[e], int(finish), episode.version, k)
             for column, value in zip(rows, columns, strict=True):

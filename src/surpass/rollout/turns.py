@@ -8,6 +8,7 @@ that still act go through one call of the engine per turn.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -113,11 +114,12 @@ class Reader:
 
     def harmless(self, observation: str) -> str:
         """Without the texts of special tokens, which would be read as turns that nobody took."""
-        special = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
-        if isinstance(special, list) and any(token in observation for token in special):
-            for token in special:
-                # A single letter is no mark of its own (EOS of a toy vocabulary).
-                observation = observation.replace(token, "") if len(token) > 1 else observation
+        added = {str(t.content) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        # Taking one out may put another together, so until none is left. Single letters mark nothing.
+        marks = "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True) if len(t) > 1)
+        count = 1 if marks else 0
+        while count:
+            observation, count = re.subn(marks, "", observation)
         return observation
 
 

@@ -117,7 +117,8 @@ def build(config: RunConfig, method: Method) -> Built:
             teachers[domain] = Role(
                 name, load(path), view=_teacher_view(config), template_args=config.data.template_args
             )
-        check_domains(prompts, teachers)
+        if needs.routed:
+            check_domains(prompts, teachers)
     reference = None
     if needs.reference:
         assert config.reference is not None

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +17,6 @@ from surpass.config import RunConfig
 from surpass.evaluate.evaluation import evaluate
 from surpass.evaluate.summary import Evaluation
 from surpass.methods.base import Method
-from surpass.prompts.templates import template_fingerprint
 from surpass.records import Rollouts
 from surpass.roles.role import Role
 from surpass.roles.sync import Frozen
@@ -31,21 +25,17 @@ from surpass.train.buffer import save_rollouts
 from surpass.train.build import Built, build
 from surpass.train.checkpoint import (
     Position,
-    latest_checkpoint,
-    load_position,
     restore,
     save_checkpoint,
     save_model,
 )
+from surpass.train.folder import describe, starting_point
+from surpass.train.interrupt import Interrupted, interrupts
 from surpass.train.optimiser import learning_rate, make_optimiser, set_learning_rate
 from surpass.train.progress import Bar, training_bar
-from surpass.train.settings import resolved, same_run, write_config
+from surpass.train.settings import resolved, write_config
 from surpass.train.step import update
 from surpass.train.tracking import Journal, batch_metrics
-
-
-class Interrupted(SystemExit):
-    """The run was asked to stop (Ctrl-C or SIGTERM), saved its state, and says how to go on."""
 
 
 def train(
@@ -66,14 +56,15 @@ def train(
     console = console or Console(stderr=True)
     folder = Path(config.output)
     settings = resolved(config, method)
-    checkpoint = _starting_point(folder, settings, resume, overwrite)
+    checkpoint = starting_point(folder, settings, resume, overwrite)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.seed)
     built = build(config, method)
     run = built.run
     if config.model.gradient_checkpointing:
-        run.student.causal_lm.gradient_checkpointing_enable()
+        model: Any = run.student.causal_lm  # transformers renamed it; both names do the same
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     accelerator = Accelerator(
         cpu=config.model.device == "cpu",
         log_with=list(config.train.trackers) or None,
@@ -98,11 +89,11 @@ def train(
         journal.rewind(position.updates, position.step)
         console.print(f"resumed from {checkpoint} at step {position.step} of {config.train.steps}")
     else:
-        _describe(built, settings, folder, console)
+        describe(built, folder, console)
         write_config(folder, settings)
     loop = _Loop(config, method, built, accelerator, optimiser, journal, position, buffer, moving, folder)
     with (
-        _signals(loop),
+        interrupts(loop),
         bar(config.train.max_tokens or config.train.steps, method.__class__.__name__) as progress,
     ):
         loop.go(progress)
@@ -308,70 +299,3 @@ def _all_roles(built: Built) -> list[Role]:
 
 def _is_frozen(role: Role) -> bool:
     return isinstance(role.sync, Frozen)
-
-
-def _starting_point(folder: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to resume from, or None to start anew. Raises ValueError for a folder in use or another run."""
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    if resume:
-        if checkpoint is None:
-            raise ValueError(
-                f"--resume: there is no checkpoint in {folder / 'checkpoints'}; start without it"
-            )
-        same_run(load_position(checkpoint).config, settings)
-        return checkpoint
-    if (folder / "metrics.jsonl").exists():
-        if not overwrite:
-            raise ValueError(
-                f"{folder} already holds a run: go on with --resume, replace it with --overwrite, or choose --output"
-            )
-        for name in ("metrics.jsonl", "evaluations.jsonl"):
-            (folder / name).unlink(missing_ok=True)
-        for name in ("samples", "checkpoints", "evaluations", "model"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    return None
-
-
-@contextmanager
-def _signals(loop: _Loop) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the loop to stop after the present update; a second one stops at once."""
-
-    def ask(number: int, frame: Any) -> None:
-        del frame
-        if loop.stop is not None:
-            raise KeyboardInterrupt
-        loop.stop = number
-        print("\nstopping after this update (once more: at once, without saving)", flush=True)
-
-    try:
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals are somebody else's business
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _describe(built: Built, settings: dict[str, Any], folder: Path, console: Console) -> None:
-    """Print the first rendered prompt and its fingerprint once, and keep both beside the environment."""
-    run = built.run
-    assert run.stream is not None
-    ids = run.prompt_ids(run.stream.peek(1))
-    text = run.student.tokenizer.decode(ids[0].tolist())
-    console.print("first prompt as the student reads it:", style="bold")
-    console.print(repr(text), markup=False, highlight=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "first_prompt": text,
-        "template": template_fingerprint(run.student.tokenizer, run.template_args),
-        "parameters": sum(p.numel() for p in run.student.model.parameters()),
-        "trainable": sum(p.numel() for p in run.student.model.parameters() if p.requires_grad),
-    }
-    (folder / "environment.json").write_text(json.dumps(environment, indent=1))

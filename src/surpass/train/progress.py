@@ -51,7 +51,9 @@ def display(console: Console | None = None) -> Progress:
         BarColumn(bar_width=8),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=26)),
+        TextColumn(
+            "{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=26)
+        ),
         console=console or Console(stderr=True),
     )
 

@@ -38,7 +38,7 @@ def write_config(folder: Path, settings: dict[str, Any]) -> None:
 def same_run(stored: dict[str, Any], present: dict[str, Any]) -> None:
     """Raise ValueError naming the settings that differ between a checkpoint and the present command."""
     # A constant rate does not know how many steps follow, so a finished run may be given more.
-    free = {*FREE, "train.steps"} if present["optimiser"]["schedule"] == "constant" else set(FREE)
+    free = {*FREE, "train.steps"} if present.get("optimiser", {}).get("schedule") == "constant" else set(FREE)
     differing = {key: pair for key, pair in _differences(stored, present, "").items() if key not in free}
     if differing:
         lines = "\n".join(
