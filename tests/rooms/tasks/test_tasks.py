@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from surpass.records import Prompt
 from surpass.tasks import TASKS, critique, task_named, task_prompts, verify
+from surpass.tasks.tools import page_of
 
 NAMES = sorted(TASKS)
 DIFFICULTIES = st.integers(1, 4)
@@ -36,8 +37,13 @@ def reckoned(name: str, text: str) -> str:
         for operation in re.findall(r"[+*-] \d+", text):
             value = eval(f"{value} {operation}")
         return str(value % 97)  # the remainder is taken once, at the end
-    names, values = re.findall(r"(\w)=(\d+)", text), text.partition("what is ")[2].rstrip("?").split(" + ")
-    return str(sum(int(dict(names)[v]) for v in values))
+    values = text.partition("what is ")[2].rstrip("?").split(" + ")
+    return str(sum(int(table(name, text)[v]) for v in values))
+
+
+def table(name: str, text: str) -> dict[str, str]:
+    """Name to value: in the question, or on the page that it names."""
+    return page_of(text) if name == "tools" else dict(re.findall(r"(\w)=(\d+)", text))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,8 +71,8 @@ def hinted(name: str, text: str, hint: str) -> int:
     """The number a true hint would tell, reckoned from the question."""
     if name == "missing":
         return len(reckoned(name, text))
-    if name == "lookup":
-        return int(dict(re.findall(r"(\w)=(\d+)", text))[hint[0]])
+    if name in ("lookup", "tools"):
+        return int(table(name, text)[hint[0]])
     if name == "chain":
         return int(reckoned(name, "; ".join(text.split("; ")[:2])))
     return int(reckoned(name, text)[0])
