@@ -6,7 +6,7 @@ alone, at the fastest tile found: `2NV` times the widths forward, `4NV` times th
 measurement is a fresh process that does it once; floors are measured in each round, between the others, because the
 speed of a shared machine drifts. Processor time, and peak resident memory over what the inputs took.
 
-    python benchmarks/fused.py [--tokens 2048] [--rounds 3] [--only NAME ...]
+    python benchmarks/fused.py [--tokens 2048] [--rounds 3] [--only NAME ...] [--save FILE]
 """
 
 from __future__ import annotations
@@ -123,10 +123,10 @@ def problem(variant: Variant, tokens: int, vocabulary: int) -> tuple[list[Tensor
     states, heads = [], []
     for width in [STUDENT] + [OTHERS] * roles:
         # in place, so that making the inputs leaves no peak of its own; logits get deviation 1
-        states.append(torch.empty(tokens, width).normal_(generator=generator))
-        heads.append(torch.empty(vocabulary, width).normal_(generator=generator).mul_(width**-0.5))
+        states.append(torch.empty(tokens, width, dtype=variant.dtype).normal_(generator=generator))
+        head = torch.empty(vocabulary, width, dtype=variant.dtype).normal_(generator=generator)
+        heads.append(head.mul_(width**-0.5))
     ids = torch.randint(vocabulary, (tokens,), generator=generator)
-    states, heads = ([t.to(variant.dtype) for t in tensors] for tensors in (states, heads))
     states[0].requires_grad_(variant.backward)
     heads[0].requires_grad_(variant.backward and not variant.frozen_head)
     return states, heads, ids
@@ -167,10 +167,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--rounds", type=int, default=3)
-    without_naive = [name for name, variant in VARIANTS.items() if not variant.naive]
+    usual = [
+        name for name, variant in VARIANTS.items() if not variant.naive and variant.dtype == torch.float32
+    ]
     parser.add_argument(
-        "--only", nargs="+", choices=VARIANTS, default=without_naive, help="full logits need 10 GB"
+        "--only", nargs="+", choices=VARIANTS, default=usual, help="full logits: 5 MB per token"
     )
+    parser.add_argument("--save", default="fused", help="name of the file in results/")
     parser.add_argument("--measure", help="one measurement in this process, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -191,8 +194,7 @@ def main() -> None:
     header = ["variant", "CPU s, median (range)", "floor s", "ratio", "peak MB"]
     print(record.table(header, [row(name, runs) for name in options.only]))
     sizes = {"tokens": options.tokens, "vocabulary": options.vocabulary, "widths": [STUDENT, OTHERS]}
-    suffix = "" if options.tokens == 2048 else f"_{options.tokens}"
-    record.save(f"fused{suffix}", {**record.environment(), **sizes, "runs": runs})
+    record.save(options.save, {**record.environment(), **sizes, "runs": runs})
 
 
 def row(name: str, runs: dict[str, list[dict[str, float]]]) -> list[str]:
