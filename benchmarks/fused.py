@@ -94,7 +94,8 @@ def floor(variant: Variant, tokens: int, vocabulary: int) -> float:
                     gradient[start : start + columns].addmm_(tile.T, states[0])
         return (time.process_time() - seconds) * tokens / (tokens // rows * rows)
 
-    best = min(FLOOR_TILES, key=lambda tile: run(*tile, tokens=1024))
+    fitting = [tile for tile in FLOOR_TILES if tile[0] <= tokens]
+    best = min(fitting, key=lambda tile: run(*tile, tokens=min(tokens, 1024)))
     return run(*best, tokens=tokens)
 
 

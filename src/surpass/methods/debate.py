@@ -50,7 +50,9 @@ def confidence_weights(
 
     Uniform over those who spoke where one of them gave no confidence, and over all where nobody spoke.
     """
-    those = [k for k, heard in enumerate(spoke) if heard] or list(range(len(spoke)))
+    those = [k for k, heard in enumerate(spoke) if heard]
+    if not those:
+        return [1 / len(spoke)] * len(spoke)
     given = [confidences[k] for k in those]
     known = [c for c in given if c is not None]
     scores = [c / (100 * temperature) for c in known] if len(known) == len(given) else [0.0] * len(given)

@@ -128,9 +128,8 @@ def test_the_model_reads_what_the_template_writes_of_the_whole_conversation():
     for contents, context in zip(
         (["how?"], ["how?", "a(1)", "one"], ["how?", "a(1)", "one", "b", "two"]), engine.contexts
     ):
-        assert context == [
-            CHAT.apply_chat_template(conversation(*contents), add_generation_prompt=True)["input_ids"]
-        ]
+        text = CHAT.apply_chat_template(conversation(*contents), add_generation_prompt=True, tokenize=False)
+        assert context == [ids(str(text))]
     assert environment.actions == ["a(1)", "b", "c"]
     batch = one_row([episode])
     assert CHAT.decode(batch.response.values) == (
@@ -227,24 +226,15 @@ def test_no_answer_is_longer_than_its_budget_and_none_ends_in_an_observation(
     lengths: list[int], observations: list[int], budget: int
 ):
     """Two rows of different lengths; the longer budget of one must not leak to the other."""
-    short = (ids("z") + [END], Finish.EOS)
-    calls = []
-    for length in lengths:
-        calls.append([([*ids("a" * length), END], Finish.EOS), short])
-    engine = Scripted([])
-    engine.calls_of = calls
 
     class Cut(Scripted):
         def generate(
             self, prompt_ids: Ragged, n: int, sampling: Sampling, seeds: Tensor, progress: object = None
-        ):
-            asked = len(prompt_ids)
-            actions = calls[len(self.laws)][-asked:] if asked < 2 else calls[len(self.laws)]
+        ) -> Completions:
+            actions = [turn("a" * lengths[len(self.laws)])[0], turn("z")[0]][: len(prompt_ids)]
             most = sampling.max_new_tokens
-            self.calls_of = [
-                *self.calls_of,
-                [(i[:most], f if len(i) <= most else Finish.LENGTH) for i, f in actions],
-            ]
+            ends = [Finish.EOS if len(action) <= most else Finish.LENGTH for action in actions]
+            self.calls_of.append([(action[:most], end) for action, end in zip(actions, ends)])
             return super().generate(prompt_ids, n, sampling, seeds)
 
     said = [Step("x" * n) for n in observations]
@@ -317,7 +307,7 @@ def test_the_environment_may_begin():
     assert CHAT.decode(engine.contexts[0][0]) == "<|user|>how?\n\nYou have tools.<|end|><|assistant|>"
     assert episode.prompt.messages == ({"role": "user", "content": "how?\n\nYou have tools."},)
     assert one_row([episode]).prompt_ids.tolist() == engine.contexts[0]
-    with pytest.raises(ValueError, match="prompt 'p' has .* tokens with what its environment says"):
+    with pytest.raises(ValueError, match=r"prompt 'p' has .* tokens with what its environment says"):
         written(engine, [Saying([], "x" * 300)])
 
 
