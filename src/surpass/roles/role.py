@@ -6,7 +6,7 @@ Teacher, reference, old policy, self-teacher, oracle and anchor are all roles; n
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surpass.learn.head import Head
@@ -52,6 +52,10 @@ class Role:
         """The output head its hidden states are read with; without the adapter where the role is."""
         with self.policy.adapter(self.adapter):
             return self.policy.head
+
+    def reading(self, view: View | None) -> Role:
+        """The same role with another context; as it is where `view` is None."""
+        return self if view is None else replace(self, view=view)
 
     @property
     def shares_student(self) -> bool:
