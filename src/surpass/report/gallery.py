@@ -100,12 +100,12 @@ def read_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _labels(name: str) -> str:
-    """How a method is called in results, in lower case: by its class (`ExOPD`, `DrGRPO`)."""
+    """How a method is called in results: by its class (`DrGRPO`) or name (`dr_grpo`), without regard to case and `_`."""
     return METHODS[name].__name__.lower()
 
 
 def _label(row: dict[str, Any]) -> str:
-    return str(row["model"]).lower()
+    return str(row["model"]).lower().replace("_", "")
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
