@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from world import Verdict, gradient, policy, prompts, rollouts, world
 
+from surpass.learn.aggregate import denominator, reduce
 from surpass.methods.base import Method
 from surpass.methods.dapo import DAPO
 from surpass.methods.dr_grpo import DrGRPO
@@ -198,3 +199,16 @@ def test_a_step_without_a_judged_answer_is_an_error_in_words(budget):
     batch = collected(run, GRPO())
     with pytest.raises(ValueError, match="no token of stream 'trained'"):
         updated(run, GRPO(), batch)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sequence_sum"])
+def test_foreseen_weights_are_what_the_averaging_multiplies_by(reduction: Any):
+    batch = rollouts(world(), [[0, 1, 2], [1], [2, 0]])
+    batch = batch.with_(masks={"trained": torch.tensor([True, False, True, True, False, False])})
+    method = OPD(reduction=reduction)
+    values = torch.ones(6, requires_grad=True)
+    mask = batch.ragged(batch.mask("trained"))
+    reduce(values, mask, reduction, denominator(mask, reduction)).backward()
+    assert values.grad is not None
+    foreseen = method.loss_weight(batch, "trained").to(values.grad.dtype)
+    torch.testing.assert_close(foreseen / foreseen.sum(), values.grad / values.grad.sum())

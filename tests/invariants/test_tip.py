@@ -108,9 +108,9 @@ def test_other_tokens_reach_neither_head_nor_memory(monkeypatch):
     read = []
     fused = run_module.log_linear_divergence
 
-    def counting(hidden, head, terms, *rest):
+    def counting(hidden, head, terms, *rest, **named):
         read.append((len(hidden), *(len(t.hidden) for t in terms)))
-        return fused(hidden, head, terms, *rest)
+        return fused(hidden, head, terms, *rest, **named)
 
     monkeypatch.setattr(run_module, "log_linear_divergence", counting)
     method.loss(run, batch)

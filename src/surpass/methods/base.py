@@ -119,6 +119,14 @@ class Method:
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint has {sorted(state)}")
 
+    def loss_weight(self, batch: Rollouts, stream: str = "student") -> Tensor:
+        """`[T]`: what this method's averaging multiplies each token of `stream` by, up to a common factor."""
+        mask = batch.mask(stream)
+        if self.reduction != "sequence_mean":
+            return mask.float()
+        trained = batch.ragged(mask).sum().clamp(min=1)
+        return mask / batch.response.expand(trained)
+
     def term(self, name: str, values: Tensor, stream: str = "student", coefficient: float = 1.0) -> Term:
         """A loss term with this method's averaging over the tokens of `stream`."""
         return Term(name, values, stream, self.reduction, coefficient, self.horizon)

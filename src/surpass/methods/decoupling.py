@@ -130,7 +130,13 @@ class Decoupling(Method):
 
     def loss(self, run: Run, batch: Rollouts) -> Loss:
         kind = self.kind()
-        found = run.divergence(batch, run.student_hidden(batch), {"teacher": 1.0}, kind)
+        found = run.divergence(
+            batch,
+            run.student_hidden(batch),
+            {"teacher": 1.0},
+            kind,
+            loss_weight=self.loss_weight(batch, self.prefix),
+        )
         metrics = {kind.kind: found.value.detach(), **divergence_metrics(found)}
         return Loss((self.term(kind.kind, found.value, self.prefix),), metrics)
 

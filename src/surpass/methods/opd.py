@@ -102,7 +102,9 @@ class OPD(PolicyGradient):
         """Reverse KL to the target on the student's own tokens, from its hidden states `[T, D]`."""
         weights = self.weights(run, batch)
         if self.estimator == "full":
-            kl = run.divergence(batch, hidden, weights, Divergence("reverse_kl"))
+            kl = run.divergence(
+                batch, hidden, weights, Divergence("reverse_kl"), loss_weight=self.loss_weight(batch)
+            )
             metrics = {
                 "entropy": kl.student_entropy,
                 "target_entropy": kl.target_entropy,

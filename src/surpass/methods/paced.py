@@ -166,10 +166,14 @@ class PACED(Method):
     def loss(self, run: Run, batch: Rollouts) -> Loss:
         forward = self.forward(run)
         stream, kind = (self.text, FORWARD_KL) if forward else ("student", REVERSE_KL)
-        found = run.divergence(batch, run.student_hidden(batch), {"teacher": 1.0}, kind)
-        values = found.value
-        if "weight" in batch.sequence:
-            values = values * batch.response.expand(batch.sequence["weight"]).to(values.device)
+        foreseen = self.loss_weight(batch, stream)
+        weight = batch.sequence.get("weight")
+        if weight is not None:
+            weight = batch.response.expand(weight)
+            foreseen = foreseen * weight
+        hidden = run.student_hidden(batch)
+        found = run.divergence(batch, hidden, {"teacher": 1.0}, kind, loss_weight=foreseen)
+        values = found.value if weight is None else found.value * weight.to(found.value.device)
         metrics = {kind.kind: found.value.detach(), **divergence_metrics(found)}
         return Loss((self.term(kind.kind, values, stream),), metrics)
 

@@ -170,12 +170,14 @@ class Run(Writing):
         weights: dict[str, Weight],
         divergence: Divergence,
         tokens: Tensor | None = None,
+        loss_weight: Tensor | None = None,
     ) -> VocabularyDivergence:
         """Full-vocabulary divergence `[T]` between the student and `log q = sum_i w_i log p_i + const`.
 
         weights: by role, a number or `[T]`. A role whose weight is the number 0 is never read.
         tokens: `[t]` flat indices, ascending; the result is then `[t]`, and the states of all other tokens never
-        reach the head. None: all.
+        reach the head. None: all. loss_weight: `[T]`, what the loss will multiply each value by, up to a factor
+        (`Method.loss_weight`); it spares a product in backward and never changes the result.
         """
         if not len(hidden if tokens is None else tokens):  # nothing to compare, but still part of the graph
             nothing = hidden[:0].sum(-1)
@@ -187,7 +189,11 @@ class Run(Writing):
                 moved = weight.to(hidden.device) if isinstance(weight, Tensor) else weight
                 terms.append(TargetTerm(states.to(hidden.device), self.role(name).head, moved))
             chosen = block.tokens.to(hidden.device)
-            parts.append(log_linear_divergence(hidden[chosen], head, terms, divergence, self.temperature))
+            foreseen = None if loss_weight is None else loss_weight.to(hidden.device)[chosen]
+            found = log_linear_divergence(
+                hidden[chosen], head, terms, divergence, self.temperature, loss_weight=foreseen
+            )
+            parts.append(found)
             order.append(chosen)
         back = torch.argsort(torch.cat(order))
         return VocabularyDivergence(*(torch.cat(column)[back] for column in zip(*parts, strict=True)))

@@ -94,7 +94,9 @@ class SupervisedKD(Method):
         """Divergence from the teacher `[T]`, with gradient, and what was measured on the way."""
         kind = self.divergence_kind()
         if self.estimator == "full":
-            found = run.divergence(batch, hidden, {"teacher": 1.0}, kind)
+            found = run.divergence(
+                batch, hidden, {"teacher": 1.0}, kind, loss_weight=self.loss_weight(batch, stream_of(batch))
+            )
             return found.value, {kind.kind: found.value.detach(), **divergence_metrics(found)}
         teacher = batch.scores["teacher"]
         assert teacher.support is not None and teacher.support_logp is not None
