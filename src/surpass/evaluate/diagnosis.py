@@ -15,7 +15,8 @@ from torch import Tensor
 from surpass.evaluate.coverage import Coverage, coverage
 from surpass.evaluate.evaluation import Judged, evaluate
 from surpass.evaluate.summary import Evaluation
-from surpass.learn.support import overlap
+from surpass.learn.divergence import entropy, forward_kl, reverse_kl
+from surpass.learn.overlap import top_k_overlap
 from surpass.learn.targets import log_linear
 from surpass.models.forward import micro_batches, response_hidden
 from surpass.models.policy import Policy
@@ -144,17 +145,17 @@ def state_figures(
             for p in (student, teacher, reference)
         )
         top_s, top_t = s.topk(k).indices, t.topk(k).indices
-        inside = (top_s.unsqueeze(-1) == top_t.unsqueeze(-2)).any(-1)
+        shared_top = top_k_overlap(top_s, s.gather(-1, top_s), top_t, t.gather(-1, top_t))
         columns.append(
             torch.stack(
                 [
-                    overlap(top_s, top_t).float(),
-                    (s.gather(-1, top_s).exp() * inside).sum(-1),
-                    (t.gather(-1, top_s).exp() * inside).sum(-1),
-                    -(s.exp() * s).sum(-1),
-                    -(t.exp() * t).sum(-1),
-                    (s.exp() * (s - t)).sum(-1),
-                    (t.exp() * (t - s)).sum(-1),
+                    shared_top.ratio,
+                    shared_top.student_mass,
+                    shared_top.teacher_mass,
+                    entropy(s),
+                    entropy(t),
+                    reverse_kl(s, t),
+                    forward_kl(s, t),
                 ],
                 -1,
             )

@@ -115,7 +115,8 @@ def margin_mask(
         total = len(right) + len(wrong)
         right = right[torch.argsort(returns[right], stable=True)]
         wrong = wrong[torch.argsort(returns[wrong], descending=True, stable=True)]
-        while _gap(returns[right], returns[wrong], statistic) < margin:
+        # As Python numbers: against a float32 tensor a tiny margin would be rounded to 0 first.
+        while float(_gap(returns[right], returns[wrong], statistic)) < margin:
             options = []
             if len(right) > 1:
                 options.append((right[1:], wrong))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from surpass.learn.aggregate import Loss, Term
-from surpass.learn.surrogate import ppo_clip, truncated_importance_weight
+from surpass.learn.surrogate import Clipped, ppo_clip, truncated_importance_weight
 from surpass.learn.vocabulary import VocabularyDivergence
 from surpass.methods.run import Run
 from surpass.prompts.views import Kind as ViewKind
@@ -151,13 +151,18 @@ class PolicyGradient(Method):
     def surrogate(self, batch: Rollouts, logp: Tensor, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Clipped surrogate loss `[T]` and its metrics. On-policy (no `old` scores) the ratio is exactly 1."""
         old = old_logp(batch, logp)
-        values, clipped = ppo_clip(logp, old, advantage, self.clip_low, self.clip_high, self.dual_clip)
+        values, clipped = self.clip(batch, logp, old, advantage)
         metrics = {"clip_ratio": clipped.float(), "advantage": advantage}
         weight = self.sampler_weight(batch, old)
         if weight is not None:
             values = values * weight
             metrics["sampling/importance_weight"] = weight
         return values, metrics
+
+    def clip(self, batch: Rollouts, logp: Tensor, old: Tensor, advantage: Tensor) -> Clipped:
+        """The clipped loss `[T]` of the ratio to `old`, before the sampler is corrected for; per token here."""
+        del batch
+        return ppo_clip(logp, old, advantage, self.clip_low, self.clip_high, self.dual_clip)
 
     def sampler_weight(self, batch: Rollouts, old: Tensor) -> Tensor | None:
         """Detached truncated importance weight `[T]` between the trainer's and the sampler's law."""

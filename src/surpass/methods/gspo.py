@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from surpass.learn.surrogate import gspo
-from surpass.methods.base import old_logp
+from surpass.learn.surrogate import Clipped, gspo
 from surpass.methods.grpo import GRPO
 from surpass.records import Rollouts
 
@@ -34,14 +33,8 @@ class GSPO(GRPO):
         if self.dual_clip is not None:
             raise ValueError("GSPO has no dual clip: leave method.dual_clip null")
 
-    def surrogate(self, batch: Rollouts, logp: Tensor, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        old = old_logp(batch, logp)
+    def clip(self, batch: Rollouts, logp: Tensor, old: Tensor, advantage: Tensor) -> Clipped:
+        del advantage  # constant within an answer: the ratio of the whole answer takes it per answer
         per_answer = batch.sequence["advantage"].to(logp.device)
         trained = batch.mask("trained").to(logp.device)
-        values, clipped = gspo(batch.ragged(logp), old, per_answer, trained, self.clip_low, self.clip_high)
-        metrics = {"clip_ratio": clipped.float(), "advantage": advantage}
-        weight = self.sampler_weight(batch, old)
-        if weight is not None:
-            values = values * weight
-            metrics["sampling/importance_weight"] = weight
-        return values, metrics
+        return gspo(batch.ragged(logp), old, per_answer, trained, self.clip_low, self.clip_high)

@@ -31,11 +31,12 @@ from surpass.learn.divergence import Divergence, Kind
 from surpass.methods.base import Method, Needs, Reduction
 from surpass.methods.debate import PLAIN, Debate, confidence_weights, hold_debates, length_for
 from surpass.methods.run import Run
-from surpass.methods.turns import generate_actions
+from surpass.methods.turns import generate_turns
 from surpass.prompts.views import Messages
 from surpass.records import Prompt, Rollouts, Scores
 from surpass.roles.role import Role
 from surpass.roles.scoring import Want, merge
+from surpass.rollout.episodes import by_action
 
 
 def repetition(ids: Sequence[int], size: int = 3) -> float:
@@ -166,8 +167,14 @@ class OPAD(MADOPD):
 
     def write(self, run: Run, prompts: list[Prompt]) -> Rollouts:
         """One row per action, in the state it was written in."""
-        return generate_actions(
-            run, prompts, self.samples, self.max_turns, self.environment, self.turn_seconds
+        return generate_turns(
+            run,
+            prompts,
+            self.samples,
+            self.max_turns,
+            self.environment,
+            self.turn_seconds,
+            rows=by_action,
         )
 
 

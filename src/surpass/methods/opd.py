@@ -28,9 +28,10 @@ from surpass.learn.sampled import log_ratio_advantage
 from surpass.learn.support import combine_support, top_k_log_linear_divergence
 from surpass.learn.targets import log_linear_sampled
 from surpass.learn.vocabulary import support_logp
-from surpass.methods.base import Needs, PolicyGradient, kl_metrics
+from surpass.methods.base import Needs, PolicyGradient, divergence_metrics, kl_metrics
 from surpass.methods.run import Run, Weight
 from surpass.records import Prompt, Rollouts
+from surpass.roles.distribution import roles_read
 from surpass.roles.scoring import Want
 
 
@@ -105,14 +106,7 @@ class OPD(PolicyGradient):
             kl = run.divergence(
                 batch, hidden, weights, Divergence("reverse_kl"), loss_weight=self.loss_weight(batch)
             )
-            metrics = {
-                "entropy": kl.student_entropy,
-                "target_entropy": kl.target_entropy,
-                "top1_agreement": kl.top1_agreement,
-                "student_dropped": kl.student_dropped,
-                "target_dropped": kl.target_dropped,
-                "reverse_kl": kl.value.detach(),
-            }
+            metrics = {**divergence_metrics(kl), "reverse_kl": kl.value.detach()}
             return Loss((self.term("reverse_kl", kl.value),), metrics)
         logp, entropy = run.student_logp(batch, hidden)
         metrics = {"entropy": entropy, **kl_metrics(batch, logp)}
@@ -126,7 +120,7 @@ class OPD(PolicyGradient):
     def advantage(self, run: Run, batch: Rollouts, logp: Tensor, weights: dict[str, Weight]) -> Tensor:
         """`A_t = sum_i w_i log p_i(y_t) - log student(y_t)` `[T]`, detached."""
         del run
-        used = {name: w for name, w in weights.items() if not (isinstance(w, float | int) and w == 0)}
+        used = roles_read(weights)
         columns = [
             role_column(batch.scores[name].logp, name, batch.masks.get("trained")).to(logp.device)
             for name in used
@@ -142,7 +136,7 @@ class OPD(PolicyGradient):
         """Reverse KL `[T]` on the stored support, and the mass it captures of either side."""
         ids, valid = batch.token["support"].to(hidden.device), batch.token["support_valid"].to(hidden.device)
         student = support_logp(hidden, run.student.head, ids, run.temperature)
-        used = {name: w for name, w in weights.items() if not (isinstance(w, float | int) and w == 0)}
+        used = roles_read(weights)
         columns = [role_column(batch.scores[name].support_logp, name).to(hidden.device) for name in used]
         result = top_k_log_linear_divergence(
             Divergence("reverse_kl"), student, columns, list(used.values()), valid, self.tail

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from surpass.judge.environments import environment_of, environments_for
 from surpass.methods.run import Run
 from surpass.records import Prompt, Rollouts
-from surpass.rollout.episodes import by_action, joined
+from surpass.rollout.episodes import joined
 from surpass.rollout.turns import Episode, Reader, write_turns
 
 
@@ -59,27 +59,17 @@ def generate_turns(
     max_turns: int,
     environment: str | None = None,
     time_limit: float = 10.0,
+    rows: Callable[[Sequence[Episode], Tensor, float], Rollouts] = joined,
 ) -> Rollouts:
-    """Episodes as rollouts, one row each; where no prompt has an environment, plain answers of `run.generate`."""
+    """Episodes as rollouts; where no prompt has an environment, plain answers of `run.generate`.
+
+    rows: `joined`, one row per episode, or `by_action`, one row per action in the state it was written in.
+    """
     if environment is None and not any(environment_of(prompt) for prompt in prompts):
         return run.generate(prompts, samples)
     episodes = write_episodes(run, prompts, samples, max_turns, environment, time_limit)
-    return joined(episodes, _groups(prompts, samples), run.sampling.temperature)
-
-
-def generate_actions(
-    run: Run,
-    prompts: Sequence[Prompt],
-    samples: int,
-    max_turns: int,
-    environment: str | None = None,
-    time_limit: float = 10.0,
-) -> Rollouts:
-    """Episodes as rollouts, one row per action, in the state it was written in."""
-    if environment is None and not any(environment_of(prompt) for prompt in prompts):
-        return run.generate(prompts, samples)
-    episodes = write_episodes(run, prompts, samples, max_turns, environment, time_limit)
-    return by_action(episodes, _groups(prompts, samples), run.sampling.temperature)
+    groups = torch.arange(len(prompts)).repeat_interleave(samples)
+    return rows(episodes, groups, run.sampling.temperature)
 
 
 def reward_turns(run: Run, rollouts: Rollouts) -> Rollouts:
@@ -92,7 +82,3 @@ def reward_turns(run: Run, rollouts: Rollouts) -> Rollouts:
     judged = run.reward(rollouts)
     assert judged.reward is not None
     return replace(judged, reward=torch.where(own.isnan(), judged.reward, own))
-
-
-def _groups(prompts: Sequence[Prompt], samples: int) -> Tensor:
-    return torch.arange(len(prompts)).repeat_interleave(samples)

@@ -24,6 +24,11 @@ class Block:
     terms: tuple[tuple[str, Tensor, float | Tensor], ...]
 
 
+def roles_read(weights: dict[str, float | Tensor]) -> dict[str, float | Tensor]:
+    """The roles a target reads: those whose weight is not the number 0."""
+    return {name: w for name, w in weights.items() if not (isinstance(w, float | int) and w == 0)}
+
+
 def blocks(batch: Rollouts, weights: dict[str, float | Tensor], asked: Tensor | None = None) -> list[Block]:
     """Cut a batch into blocks: with routed teachers, one per teacher that speaks in it.
 
@@ -33,7 +38,7 @@ def blocks(batch: Rollouts, weights: dict[str, float | Tensor], asked: Tensor | 
     """
     total = len(batch.response.values)
     asked = torch.arange(total) if asked is None else asked.cpu()
-    read = {name: w for name, w in weights.items() if not (isinstance(w, float | int) and w == 0)}
+    read = roles_read(weights)
     which = torch.zeros(len(read), total, dtype=torch.int64)
     row = torch.zeros(len(read), total, dtype=torch.int64)
     for r, name in enumerate(read):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from surpass.learn.vocabulary import token_logp
+from surpass.learn.vocabulary import support_logp, token_logp, top_k
 from surpass.models.forward import micro_batches, response_hidden
 from surpass.records import Hidden, Rollouts, Scores
 from surpass.roles.role import Role
@@ -83,38 +83,24 @@ def _read(
     logp = entropy = None
     if want.logp or want.entropy:
         logp, entropy = token_logp(hidden, head, ids.to(hidden.device), temperature)
-    top1 = support_ids = support_logp = None
-    if want.top_k or want.entropy or support is not None:
-        pieces = []
-        for chunk, chunk_support in _chunks(hidden, support):
-            logits = head.logits(chunk, temperature)
-            log_z = torch.logsumexp(logits, -1, keepdim=True)
-            if chunk_support is not None:
-                chosen = chunk_support.to(logits.device)
-                values = logits.gather(-1, chosen)
-            else:
-                values, chosen = logits.topk(max(1, want.top_k), -1)
-            pieces.append(((logits.amax(-1) - log_z.squeeze(-1)).exp(), chosen, values - log_z))
-        top1 = torch.cat([p[0] for p in pieces])
-        if want.top_k or support is not None:
-            support_ids = torch.cat([p[1] for p in pieces])
-            support_logp = torch.cat([p[2] for p in pieces])
+    top1 = support_ids = support_values = None
+    if want.entropy:
+        top1 = top_k(hidden, head, 1, temperature)[1].squeeze(-1).exp()
+    if support is not None:
+        support_ids = support.to(hidden.device)
+        support_values = support_logp(hidden, head, support_ids, temperature)
+    elif want.top_k:
+        support_ids, support_values = top_k(hidden, head, want.top_k, temperature)
     # Hidden states keep the model's dtype; everything is stored where rollouts live.
     kept = (Hidden(torch.arange(len(ids)), hidden.detach().cpu(), role.name),) if want.hidden else ()
     return Scores(
         logp=_cpu(logp) if want.logp else None,
         entropy=_cpu(entropy) if want.entropy else None,
-        top1=_cpu(top1) if want.entropy else None,
+        top1=_cpu(top1),
         support=_cpu(support_ids),
-        support_logp=_cpu(support_logp),
+        support_logp=_cpu(support_values),
         hidden=kept,
     )
-
-
-def _chunks(hidden: Tensor, support: Tensor | None, size: int = 512):
-    for start in range(0, max(len(hidden), 1), size):  # at least one, perhaps empty
-        part = slice(start, start + size)
-        yield hidden[part], None if support is None else support[part]
 
 
 def _cpu(value: Tensor | None) -> Tensor | None:
